@@ -1,0 +1,82 @@
+"""Attention of new queries over a ragged prefix and a dense tail: the choice of backend, and the merge."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from defensivekv.attention import flash_cpu, matmul
+from defensivekv.attention.partial import Partial, merge, pack, unpack
+from defensivekv.cache import PrefixView
+from defensivekv.errors import InvalidInputError
+from defensivekv.types import Keys, Values
+
+Backend = Literal["auto", "flash-cpu", "matmul"]
+
+
+def causal_mask(num_queries: int, num_tokens: int, device: torch.device) -> Bool[Tensor, "1 1 x t"]:
+    """True where a query may read: the last query sees all tokens, the one before it one less, and so on."""
+    everything = torch.ones(num_queries, num_tokens, dtype=torch.bool, device=device)
+    return everything.tril(num_tokens - num_queries)[None, None]
+
+
+@torch.no_grad()
+def attend(
+    queries: Float[Tensor, "b q x d"],
+    view: PrefixView | None,
+    tail_keys: Keys,
+    tail_values: Values,
+    *,
+    visible: Bool[Tensor, "#b #q x t"] | None = None,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Float[Tensor, " q"] | None = None,
+    backend: Backend = "auto",
+) -> Float[Tensor, "b q x v"]:
+    """Attention over the prefix and the tail, in the queries' dtype. No gradient flows through it.
+
+    queries: (b, q, x, d), after RoPE. view: the prefix, all of which every query may read; None: there is none.
+    tail_keys, tail_values: (b, h, t, d or v), the last `x` tokens being the queries' own.
+    visible: (b or 1, 1 or q, x, t) what may be read of the tail; None: causal.
+    scaling: factor on the logits. softcap, sinks: as in `Observation`.
+    backend: "flash-cpu" (CPU, no softcap), "matmul" (anywhere) or "auto", the first that can.
+
+    Raises InvalidInputError where the backend cannot serve the tensors.
+    """
+    x = queries.shape[2]
+    h, t = tail_keys.shape[1:3]
+    packed = pack(queries, h)
+    group_sinks = None if sinks is None else sinks.view(h, -1, 1).expand(-1, -1, x).flatten(1)
+    can_flash = flash_cpu.supports(queries, tail_values, softcap)
+    if backend == "flash-cpu" and not can_flash:
+        raise InvalidInputError("backend 'flash-cpu' needs CPU tensors, equal key and value heads and no softcap")
+    parts: list[Partial] = []
+    if can_flash and backend != "matmul":
+        parts.append(flash_cpu.tail_partial(packed, tail_keys, tail_values, scaling, _additive(visible, x, packed, t)))
+        if view is not None:
+            parts.append(flash_cpu.prefix_partial(packed, view, scaling))
+    else:
+        mask = causal_mask(x, t, queries.device) if visible is None else visible
+        grouped = packed.unflatten(2, (-1, x))
+        parts.append(matmul.tail_partial(grouped, tail_keys, tail_values, scaling, softcap, mask))
+        if view is not None:
+            parts.append(matmul.prefix_partial(packed, view, scaling, softcap))
+    return unpack(merge(parts, group_sinks), x)
+
+
+def _additive(
+    visible: Bool[Tensor, "#b #q x t"] | None, num_queries: int, packed: Float[Tensor, "b h r d"], num_tokens: int
+) -> Float[Tensor, "#b #h r t"] | None:
+    """The kernel's mask for packed queries; None where everything may be read."""
+    if visible is None:
+        if num_queries == 1:
+            return None
+        visible = causal_mask(num_queries, num_tokens, packed.device)
+    h, r = packed.shape[1:3]
+    group = r // num_queries
+    if visible.shape[1] == 1:
+        rows = visible.expand(-1, group, -1, -1).flatten(1, 2).unsqueeze(1)
+    else:
+        rows = visible.unflatten(1, (h, group)).flatten(2, 3)
+    return torch.zeros(rows.shape, dtype=packed.dtype).masked_fill_(~rows, float("-inf"))

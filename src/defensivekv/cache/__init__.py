@@ -1,0 +1,7 @@
+"""Where entries are kept: an immutable ragged prefix and a growing tail. Knows no policy and no model."""
+
+from defensivekv.cache.layer import PrefixView, RaggedLayer
+from defensivekv.cache.prefix import RaggedPrefix
+from defensivekv.cache.tail import Tail
+
+__all__ = ["PrefixView", "RaggedLayer", "RaggedPrefix", "Tail"]

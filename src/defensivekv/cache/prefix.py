@@ -1,0 +1,71 @@
+"""The compacted part of a layer's cache: ragged, flat, never written again.
+
+    row 0, head 0   k k k k k          keys, values, positions lie one after the other,
+    row 0, head 1   k k                row by row and head by head:
+    row 1, head 0   k k k k            offsets = 0, 5, 7, 11, 14
+    row 1, head 1   k k k
+
+Knows no policy and no model.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from defensivekv.types import Kept, Keys, Positions, Values
+
+
+@dataclass(frozen=True, eq=False)
+class RaggedPrefix:
+    """Entries that stayed, for each row and key-value head as many as were kept.
+
+    keys: (s, d).  values: (s, v).  positions: (s,) int32, ascending within a head.
+    lengths: entries of each head of each row, lengths[row][head].
+    """
+
+    keys: Float[Tensor, "s d"]
+    values: Float[Tensor, "s v"]
+    positions: Positions
+    lengths: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def gather(cls, keys: Keys, values: Values, kept: Kept) -> "RaggedPrefix":
+        """Copies the kept entries of a dense layer. The dense tensors are not referred to afterwards."""
+        counts: list[list[int]] = kept.sum(-1).tolist()
+        positions = kept.nonzero()[:, -1].to(torch.int32)
+        return cls(keys[kept], values[kept], positions, tuple(tuple(row) for row in counts))
+
+    @cached_property
+    def offsets(self) -> tuple[tuple[int, ...], ...]:
+        """Where each head's entries start, offsets[row][head]."""
+        starts, start = [], 0
+        for row in self.lengths:
+            row_starts = []
+            for length in row:
+                row_starts.append(start)
+                start += length
+            starts.append(tuple(row_starts))
+        return tuple(starts)
+
+    @cached_property
+    def uniform_length(self) -> int | None:
+        """The length that all heads of all rows have, if they do."""
+        lengths = {length for row in self.lengths for length in row}
+        return lengths.pop() if len(lengths) == 1 else None
+
+    def segment(self, row: int, head: int) -> slice:
+        """Where the entries of one head lie."""
+        start = self.offsets[row][head]
+        return slice(start, start + self.lengths[row][head])
+
+    def kept_positions(self, row: int, head: int) -> Int[Tensor, " n"]:
+        """Positions in the prompt of one head's entries, pads counted; ascending int32."""
+        return self.positions[self.segment(row, head)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and positions."""
+        return self.keys.nbytes + self.values.nbytes + self.positions.nbytes

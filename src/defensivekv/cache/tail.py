@@ -1,0 +1,73 @@
+"""The growing part of a layer's cache: dense, the tokens since the last compaction."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from defensivekv.types import Keys, Values
+
+MIN_CAPACITY = 32
+
+
+@dataclass(eq=False)
+class Tail:
+    """Keys and values of recent tokens in buffers that double: appending a token copies nothing stored.
+
+    key_buffer: (b, h, capacity, d).  value_buffer: (b, h, capacity, v).  used: tokens held.
+    """
+
+    key_buffer: Float[Tensor, "b h c d"]
+    value_buffer: Float[Tensor, "b h c v"]
+    used: int
+
+    @classmethod
+    def of(cls, keys: Keys, values: Values) -> "Tail":
+        """A tail that holds these tensors themselves."""
+        return cls(keys, values, keys.shape[2])
+
+    @property
+    def keys(self) -> Keys:
+        """(b, h, used, d), a view."""
+        return self.key_buffer[:, :, : self.used]
+
+    @property
+    def values(self) -> Values:
+        """(b, h, used, v), a view."""
+        return self.value_buffer[:, :, : self.used]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers, the unused part counted."""
+        return self.key_buffer.nbytes + self.value_buffer.nbytes
+
+    def append(self, keys: Keys, values: Values) -> None:
+        """Adds tokens at the end; the buffers double when full."""
+        end = self.used + keys.shape[2]
+        if end > self.key_buffer.shape[2]:
+            capacity = max(end, 2 * self.used, MIN_CAPACITY)
+            self.key_buffer = _grown(self.keys, capacity)
+            self.value_buffer = _grown(self.values, capacity)
+        self.key_buffer[:, :, self.used : end] = keys
+        self.value_buffer[:, :, self.used : end] = values
+        self.used = end
+
+    def drop_last(self, count: int) -> None:
+        """Forgets the last `count` tokens."""
+        self.used -= count
+
+    def select_rows(self, index: Tensor) -> "Tail":
+        """The rows of `index`, copied."""
+        return Tail.of(self.keys.index_select(0, index), self.values.index_select(0, index))
+
+    def clone(self) -> "Tail":
+        """A tail with buffers of its own."""
+        return Tail.of(self.keys.clone(), self.values.clone())
+
+
+def _grown(held: Float[Tensor, "b h t d"], capacity: int) -> Float[Tensor, "b h c d"]:
+    b, h, t, d = held.shape
+    buffer = torch.empty(b, h, capacity, d, dtype=held.dtype, device=held.device)
+    buffer[:, :, :t] = held
+    return buffer

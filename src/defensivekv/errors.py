@@ -1,0 +1,39 @@
+"""What can go wrong, as one tree. Each message says what to do about it.
+
+DefensiveKVError
+├── BudgetError            a budget that means nothing, or that cannot hold the observation window
+├── UnknownPolicyError     no policy of that name
+├── InvalidInputError      tensors or prompts that cannot be used (shapes, NaN, no tokens, pads without a mask)
+├── UnsupportedModelError  a model, layer or weight that this package cannot evict from
+└── CacheError             a cache used where or when it cannot answer correctly
+
+DefensiveKVWarning is the category of every warning.
+"""
+
+
+class DefensiveKVError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class BudgetError(DefensiveKVError, ValueError):
+    """A budget that is not a share, a count or a size, or that is below the observation window."""
+
+
+class UnknownPolicyError(DefensiveKVError, ValueError):
+    """No policy of that name; the message lists the nearest ones."""
+
+
+class InvalidInputError(DefensiveKVError, ValueError):
+    """Tensors, prompts or options that cannot be used."""
+
+
+class UnsupportedModelError(DefensiveKVError, ValueError):
+    """A model that eviction cannot be applied to, named with the reason."""
+
+
+class CacheError(DefensiveKVError, RuntimeError):
+    """A cache used with another model, after `disable`, or cropped into what was evicted."""
+
+
+class DefensiveKVWarning(UserWarning):
+    """Something works, but not as one might think."""

@@ -1,0 +1,1 @@
+"""Engines that DefensiveKV works inside of."""

@@ -1,0 +1,146 @@
+"""The attention function and the mask function that transformers calls for an enabled model.
+
+The cache tags the keys that it hands out. Tagged keys are read together with the prefix that the cache held
+at that moment; keys without a tag are ordinary dense attention.
+"""
+
+import warnings
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from defensivekv.attention import attend
+from defensivekv.cache import PrefixView
+from defensivekv.errors import DefensiveKVWarning, InvalidInputError
+
+_TAG = "_defensivekv"
+
+
+class Handoff(Protocol):
+    """What a cache attaches to the keys that it hands out."""
+
+    view: PrefixView | None
+
+    def consume(self, module: nn.Module) -> None:
+        """Called when the keys have arrived at the attention of `module`; checks that it is the right one."""
+        ...
+
+    def observe(
+        self,
+        module: nn.Module,
+        queries: Tensor,
+        visible: Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> None:
+        """Called once the attention is computed: the cache may evict."""
+        ...
+
+
+def tag(keys: Tensor, handoff: Handoff) -> Tensor:
+    """The same keys, as a tensor object of its own that carries the hand-off."""
+    tagged = keys.view(keys.shape)
+    setattr(tagged, _TAG, handoff)
+    return tagged
+
+
+def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """Boolean masks, as for SDPA."""
+    mask: Tensor | None = sdpa_mask(*args, **kwargs)
+    return mask
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention in transformers' signature: query (b, q, x, d), key and value (b, h, t, d); gives (b, x, q, v).
+
+    softcap, s_aux: as models pass them; `s_aux` (q,) are learned attention sinks.
+    """
+    scale = float(query.shape[-1]) ** -0.5 if scaling is None else scaling
+    handoff: Handoff | None = getattr(key, _TAG, None)
+    if handoff is None:
+        _warn_of_stock_cache(module, query, key)
+        return _dense(module, query, key, value, attention_mask, dropout, scale, softcap, s_aux, **kwargs), None
+    _check_arguments(attention_mask, dropout, kwargs)
+    handoff.consume(module)
+    if handoff.view is None:
+        output = _dense(module, query, key, value, attention_mask, dropout, scale, softcap, s_aux, **kwargs)
+    else:
+        output = _read(handoff.view, query, key, value, attention_mask, scale, softcap, s_aux)
+    handoff.observe(module, query, attention_mask, scale, softcap, s_aux)
+    return output, None
+
+
+def _dense(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    **kwargs: Any,
+) -> Tensor:
+    if softcap is not None or sinks is not None:
+        return _read(None, query, key, value, mask, scaling, softcap, sinks)
+    output: Tensor = sdpa_attention_forward(
+        module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
+    )[0]
+    return output
+
+
+def _read(
+    view: PrefixView | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    output = attend(query, view, key, value, visible=mask, scaling=scaling, softcap=softcap, sinks=sinks)
+    return output.transpose(1, 2).contiguous()
+
+
+def _check_arguments(mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:
+    if mask is not None and mask.dtype != torch.bool:
+        raise InvalidInputError(f"an evicting cache needs boolean attention masks, not {mask.dtype}: pass a 2-D mask")
+    if dropout:
+        raise InvalidInputError("an evicting cache is for inference, and attention dropout is on: call model.eval()")
+    if kwargs.get("position_bias") is not None:
+        raise InvalidInputError("attention with a position bias cannot be read from an evicting cache")
+
+
+def _warn_of_stock_cache(module: nn.Module, query: Tensor, key: Tensor) -> None:
+    """A single query over several tokens is a decoding step: some cache holds them, and it is not ours."""
+    config = getattr(module, "config", None)
+    if query.shape[2] != 1 or key.shape[2] == 1 or config is None:
+        return
+    kinds = getattr(config, "layer_types", None)
+    index = getattr(module, "layer_idx", None)
+    if kinds is not None and index is not None and kinds[index] != "full_attention":
+        return
+    if getattr(module, "sliding_window", None) is None:
+        warnings.warn(
+            "the model is enabled for eviction but decodes from a stock cache, so nothing is evicted: "
+            "pass generate() an EvictingCache, or call defensivekv.disable(model)",
+            DefensiveKVWarning,
+            stacklevel=3,
+        )

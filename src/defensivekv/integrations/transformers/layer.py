@@ -1,0 +1,177 @@
+"""One evicted layer, in transformers' cache-layer interface."""
+
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin
+
+from defensivekv.cache import PrefixView, RaggedLayer
+from defensivekv.errors import CacheError
+from defensivekv.integrations.transformers.attention import tag
+from defensivekv.types import Keys, Values
+
+if TYPE_CHECKING:
+    from defensivekv.integrations.transformers.cache import EvictingCache
+
+
+@dataclass
+class Pending:
+    """A prompt that was read and is not decided yet.
+
+    queries: (b, q, t, d) of the whole prompt. valid: (b, t), False at pads; None: no pads.
+    """
+
+    module: nn.Module
+    queries: Tensor
+    valid: Tensor | None
+    scaling: float
+    softcap: float | None
+    sinks: Tensor | None
+
+    def without_last(self, count: int) -> "Pending":
+        """The same without the last `count` tokens, which turned out to be wrong drafts."""
+        if count == 0:
+            return self
+        valid = None if self.valid is None else self.valid[:, :-count]
+        return Pending(self.module, self.queries[:, :, :-count], valid, self.scaling, self.softcap, self.sinks)
+
+
+class LayerHandoff:
+    """Travels with the keys from `update` to the attention function, with the prefix of that moment."""
+
+    def __init__(self, layer: "EvictedLayer", view: PrefixView | None) -> None:
+        self.layer = layer
+        self.view = view
+        self.is_consumed = False
+        self._is_observed = False
+
+    def consume(self, module: nn.Module) -> None:
+        """Marks the keys as read. Raises CacheError for an attention module of another model."""
+        self.is_consumed = True
+        self.layer.owner.check_module(module)
+
+    def observe(
+        self,
+        module: nn.Module,
+        queries: Tensor,
+        visible: Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> None:
+        """Gives the layer its prompt to decide on; layers that share keys with this one come second."""
+        if self._is_observed:
+            return
+        self._is_observed = True
+        if self.layer.awaits_prompt:
+            valid = None if visible is None else visible[:, 0, -1].expand(queries.shape[0], -1)
+            self.layer.observe(Pending(module, queries, valid, scaling, softcap, sinks))
+
+
+class EvictedLayer(CacheLayerMixin):
+    """Keys and values of a full-attention layer, evicted once the prompt has been read.
+
+    record_past: set by assisted decoding, whose first forward carries drafts after the prompt: the decision
+    then waits for `crop`.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, owner: "EvictingCache", index: int) -> None:
+        super().__init__()
+        self._owner = weakref.ref(owner)
+        self.index = index
+        self.store = RaggedLayer()
+        self.record_past = False
+        self.awaits_prompt = True
+        self.pending: Pending | None = None
+
+    @property
+    def owner(self) -> "EvictingCache":
+        """The cache that this layer belongs to."""
+        owner = self._owner()
+        if owner is None:
+            raise CacheError("this layer's cache is gone: keep a reference to the EvictingCache while it is in use")
+        return owner
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing is allocated ahead."""
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Keys, Values]:
+        """Appends keys and values (b, h, x, d); gives the tail's, tagged for the attention function."""
+        self.owner.check_update(self, key_states, value_states)
+        self.is_initialized = True
+        keys, values = self.store.append(key_states, value_states)
+        handoff = LayerHandoff(self, self.store.view)
+        self.owner.outstanding = handoff
+        return tag(keys, handoff), values
+
+    def observe(self, pending: Pending) -> None:
+        """Takes the prompt's queries; decides now, or in `crop` while past states are recorded."""
+        self.awaits_prompt = False
+        self.pending = pending
+        if not self.record_past:
+            self.owner.decide(self)
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, evicted ones and pads counted."""
+        return self.store.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that `update` will return: the tail."""
+        tail = self.store.tail_length
+        return tail + query_length, self.store.seen - tail
+
+    def get_max_length(self) -> int:
+        """No maximum of its own."""
+        return -1
+
+    def activate_past_recording(self) -> None:
+        """Assisted decoding starts: a prompt is decided on in `crop`."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last `-tokens_to_remove` tokens, then decides on a prompt that was waiting for this."""
+        count = abs(tokens_to_remove)
+        self.store.crop(count)
+        if self.pending is not None:
+            self.pending = self.pending.without_last(count)
+            self.owner.decide(self)
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.store = RaggedLayer()
+        self.pending, self.awaits_prompt, self.record_past, self.is_initialized = None, True, False, False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Makes the batch the rows of `beam_idx`; prefixes are shared, not copied."""
+        self._check_decided("reordered")
+        self.store.select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the rows of `indices` (numbers or a mask)."""
+        self._check_decided("reordered")
+        self.store.select_rows(indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row; the repeats share its prefix."""
+        self._check_decided("repeated")
+        if self.store.seen:
+            self.store.select_rows(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch; -1 before the first token."""
+        if self.store.tail is not None:
+            return int(self.store.tail.key_buffer.shape[0])
+        return -1 if self.store.view is None else len(self.store.view.rows)
+
+    def _check_decided(self, verb: str) -> None:
+        if self.pending is not None:
+            raise CacheError(f"the batch cannot be {verb} while a prompt waits for its drafts to be verified")

@@ -1,0 +1,80 @@
+"""What a cache was asked for, what it kept, and what that takes."""
+
+from dataclasses import dataclass
+
+from defensivekv.budget import format_bytes
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer of the model.
+
+    kind: transformers' layer type. can_evict: whether the package keeps this layer. evicted: whether it has.
+    lengths: stored entries of the prefix, lengths[row][head]. nbytes: bytes held.
+    """
+
+    index: int
+    kind: str
+    can_evict: bool
+    evicted: bool
+    lengths: tuple[tuple[int, ...], ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """A cache at one moment.
+
+    prompt_tokens: tokens of each prompt, pads left out. kept_whole: which prompts were not evicted from.
+    full_bytes: what the prompts' entries of the evicted layers would take if all were kept.
+    """
+
+    policy: str
+    budget: str
+    layers: tuple[LayerReport, ...]
+    prompt_tokens: tuple[int, ...]
+    kept_whole: tuple[bool, ...]
+    full_bytes: int
+
+    @property
+    def entries_kept(self) -> int:
+        """Entries of all prefixes."""
+        return sum(sum(row) for layer in self.layers for row in layer.lengths)
+
+    @property
+    def entries_seen(self) -> int:
+        """Entries that the prompts of the evicted layers had."""
+        return sum(
+            tokens * len(row)
+            for layer in self.layers
+            for row, tokens in zip(layer.lengths, self.prompt_tokens, strict=False)
+        )
+
+    @property
+    def achieved(self) -> float:
+        """The share of the prompts' entries that was kept; 1.0 before any prompt."""
+        return self.entries_kept / self.entries_seen if self.entries_seen else 1.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all layers."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def __str__(self) -> str:
+        lines = [
+            f"policy {self.policy}, budget {self.budget}: kept {self.entries_kept} of {self.entries_seen} entries "
+            f"({self.achieved:.2%}), {format_bytes(self.nbytes)} held, prompt in full {format_bytes(self.full_bytes)}"
+        ]
+        whole = sum(self.kept_whole)
+        if whole:
+            lines.append(f"{whole} of {len(self.kept_whole)} prompts kept whole")
+        for layer in self.layers:
+            if not layer.can_evict:
+                state = "kept by transformers' own cache"
+            elif layer.evicted:
+                heads = [length for row in layer.lengths for length in row]
+                state = f"evicted, {min(heads)} to {max(heads)} entries per head"
+            else:
+                state = "not evicted yet"
+            lines.append(f"layer {layer.index:3d}  {layer.kind:20s} {state}")
+        return "\n".join(lines)

@@ -1,0 +1,122 @@
+"""What a layer shows of a prompt. Knows no model: the tensors may come from anywhere."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from defensivekv.errors import InvalidInputError
+from defensivekv.types import Keys, OutputProjection, Queries, Values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """One layer's view of a batch of prompts.
+
+    queries: (b, q, w, d) the last `w` valid queries of each row, after RoPE and normalisation. A policy
+        looks at the last `window_size` of them.
+    keys: (b, h, t, d), after RoPE.  values: (b, h, t, v).
+    output_projection: (hidden, q * v), the weight that maps the heads' outputs to the residual stream;
+        needed by value weighting only.
+    scaling: factor on `q·k` before the softmax; `d**-0.5` unless given.
+    valid: (b, t) False at pads; None: no pads.
+    softcap: logits become `softcap * tanh(logits / softcap)`; None: they stay.
+    sinks: (q,) learned attention-sink logits that take part in the softmax; None: none.
+    """
+
+    queries: Queries
+    keys: Keys
+    values: Values
+    output_projection: OutputProjection | None = None
+    scaling: float | None = None
+    valid: Bool[Tensor, "b t"] | None = None
+    softcap: float | None = None
+    sinks: Float[Tensor, " q"] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("queries", "keys", "values"):
+            if getattr(self, name).dim() != 4:
+                raise InvalidInputError(f"{name} must have 4 dimensions (batch, heads, positions, size)")
+        b, q, _, d = self.queries.shape
+        if self.keys.shape[0] != b or self.keys.shape[-1] != d:
+            raise InvalidInputError(
+                f"queries {tuple(self.queries.shape)} and keys {tuple(self.keys.shape)} differ in batch or head size"
+            )
+        if self.keys.shape[:3] != self.values.shape[:3]:
+            raise InvalidInputError(
+                f"keys {tuple(self.keys.shape)} and values {tuple(self.values.shape)} differ in batch, heads or tokens"
+            )
+        if self.num_heads == 0 or q % self.num_heads:
+            raise InvalidInputError(f"{q} query heads are not a multiple of {self.num_heads} key-value heads")
+        if self.num_tokens == 0:
+            raise InvalidInputError("a prompt of no tokens cannot be observed: pass at least one token")
+        if self.output_projection is not None and self.output_projection.shape[-1] != q * self.values.shape[-1]:
+            raise InvalidInputError(
+                f"output_projection {tuple(self.output_projection.shape)} must be "
+                f"(hidden, {q * self.values.shape[-1]}): {q} query heads of size {self.values.shape[-1]}"
+            )
+        if self.valid is not None and self.valid.shape != (b, self.num_tokens):
+            raise InvalidInputError(f"valid {tuple(self.valid.shape)} must be (batch, tokens) = {(b, self.num_tokens)}")
+
+    @property
+    def num_heads(self) -> int:
+        """Key-value heads."""
+        return int(self.keys.shape[1])
+
+    @property
+    def num_groups(self) -> int:
+        """Query heads per key-value head."""
+        return int(self.queries.shape[1]) // self.num_heads
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a row, pads included."""
+        return int(self.keys.shape[2])
+
+    @property
+    def softmax_scaling(self) -> float:
+        """`scaling`, or its default."""
+        return float(self.queries.shape[-1]) ** -0.5 if self.scaling is None else self.scaling
+
+    def rows(self) -> Iterator["Observation"]:
+        """Each row alone, without its pads. Unpadded rows share the storage of this observation."""
+        for row in range(self.keys.shape[0]):
+            alone = replace(
+                self,
+                queries=self.queries[row : row + 1],
+                keys=self.keys[row : row + 1],
+                values=self.values[row : row + 1],
+                valid=None,
+            )
+            if self.valid is None or bool(self.valid[row].all()):
+                yield alone
+                continue
+            index = self.valid[row].nonzero().squeeze(-1)
+            if len(index) == 0:
+                raise InvalidInputError(f"row {row} of the batch holds pads only: pass at least one token per row")
+            start, stop = int(index[0]), int(index[-1]) + 1
+            where: slice | Tensor = slice(start, stop) if stop - start == len(index) else index
+            yield replace(alone, keys=alone.keys[:, :, where], values=alone.values[:, :, where])
+
+    def heads(self, start: int, stop: int) -> "Observation":
+        """The key-value heads `start` to `stop` with their query heads, as views. No output projection."""
+        g = self.num_groups
+        return replace(
+            self,
+            queries=self.queries[:, start * g : stop * g],
+            keys=self.keys[:, start:stop],
+            values=self.values[:, start:stop],
+            output_projection=None,
+            sinks=None if self.sinks is None else self.sinks[start * g : stop * g],
+        )
+
+    def check_finite(self) -> None:
+        """Raises InvalidInputError when keys or values hold NaN (one pass, no copy)."""
+        for name, tensor in (("keys", self.keys), ("values", self.values), ("queries", self.queries)):
+            if bool(torch.isnan(tensor.sum(dtype=torch.float32))):
+                raise InvalidInputError(
+                    f"{name} hold NaN (or infinities of both signs): the forward pass went wrong before the cache; "
+                    "check the weights and the dtype (float16 overflows where bfloat16 does not)"
+                )

@@ -1,0 +1,114 @@
+"""Scores weighted by what an entry's value can change in the layer's output."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from math import floor
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from defensivekv.errors import InvalidInputError
+from defensivekv.policies.observation import Observation
+from defensivekv.types import HeadScores
+
+_CHUNK_ELEMENTS = 2**21
+
+
+class Weighting(Protocol):
+    """Scores of one row's entries, weighted.
+
+    scores, mean_importance: (h, n). row: the observation (batch size 1, no pads). share: of the prompt's
+    entries to keep. Gives (h, n); entries that must stay score the layer's maximum.
+    """
+
+    def __call__(
+        self, scores: HeadScores, mean_importance: HeadScores, row: Observation, share: Fraction
+    ) -> HeadScores: ...
+
+    @property
+    def description(self) -> str:
+        """A few words for `defensivekv policies`."""
+        ...
+
+
+@dataclass(frozen=True)
+class TwoStageValueNorm:
+    """Value weighting as DefensiveKV uses it (arXiv 2510.13334, appendix; the authors' code decides).
+
+    Scores are multiplied by the value norm, divided for each token by its sum over heads. Then the entries
+    that carry the first `mass` of the mean importance of their head are pinned: sorted in descending order,
+    those before the cumulative sum first reaches `mass - bias`, at most `floor((t - w) * share - w)` of them.
+    `bias` is the mean mass on the last `w` scored columns. Pinned entries score the layer's maximum.
+    """
+
+    mass: float = 0.9
+    description = "value norm, mass pinned first"
+
+    def __call__(
+        self, scores: HeadScores, mean_importance: HeadScores, row: Observation, share: Fraction
+    ) -> HeadScores:
+        n = scores.shape[-1]
+        norms = value_norms(row)[:, :n]
+        weighted = scores * (norms / norms.sum(0, keepdim=True))
+        window = row.num_tokens - n
+        limit = max(0, floor(n * share - window))
+        bias = mean_importance[:, max(0, n - window) :].sum(-1).mean()
+        ranked, order = mean_importance.sort(dim=-1, descending=True)
+        cumulative = (ranked / ranked.sum(-1, keepdim=True)).cumsum(-1)
+        counts = (cumulative < self.mass - bias).sum(-1, keepdim=True).clamp_max(limit)
+        pinned = torch.zeros_like(weighted, dtype=torch.bool)
+        pinned.scatter_(-1, order, torch.arange(n, device=scores.device) < counts)
+        return torch.where(pinned, weighted.max(), weighted)
+
+
+@dataclass(frozen=True)
+class TwoStageCritical:
+    """CriticalKV (arXiv 2502.03805, algorithm 1; constants as in kvpress).
+
+    The best entries by score fill the first half of each head's budget (`first_stage`, the window counted);
+    the rest are ranked by `(score + epsilon) * value norm`.
+    """
+
+    first_stage: Fraction = Fraction(1, 2)
+    epsilon: float = 1e-4
+    description = "value norm after half by score"
+
+    def __call__(
+        self, scores: HeadScores, mean_importance: HeadScores, row: Observation, share: Fraction
+    ) -> HeadScores:
+        n = scores.shape[-1]
+        window = row.num_tokens - n
+        count = min(n, max(0, floor(row.num_tokens * share * self.first_stage) - window))
+        first = scores.topk(count, dim=-1).indices
+        weighted = (scores + self.epsilon) * value_norms(row)[:, :n]
+        return weighted.scatter(-1, first, torch.finfo(weighted.dtype).max)
+
+
+def value_norms(row: Observation) -> Float[Tensor, "h t"]:
+    """`mean over the group's query heads g of ‖v·Wo[g]‖₁`, (h, t) float32 (CriticalKV, arXiv 2502.03805).
+
+    The products are made in the model's dtype, in chunks of tokens: `t × hidden` is never held.
+    Raises InvalidInputError without an output projection.
+    """
+    if row.output_projection is None:
+        raise InvalidInputError(
+            "value weighting needs the layer's output projection: give Observation(output_projection=...), "
+            "or use a policy without it such as 'snapkv'"
+        )
+    values = row.values[0]
+    h, t, v = values.shape
+    g = row.num_groups
+    hidden = row.output_projection.shape[0]
+    # (h, g, v, hidden): the columns of the weight belong to the query heads in order.
+    per_head = row.output_projection.to(values.dtype).view(hidden, h, g, v)
+    norms = torch.zeros(h, t, dtype=torch.float32, device=values.device)
+    step = max(1, _CHUNK_ELEMENTS // hidden)
+    for head in range(h):
+        for group in range(g):
+            weight = per_head[:, head, group]
+            for start in range(0, t, step):
+                product = values[head, start : start + step] @ weight.mT
+                norms[head, start : start + step] += product.abs_().sum(-1, dtype=torch.float32)
+    return norms / g
