@@ -19,20 +19,26 @@ from defensivekv.errors import (
 from defensivekv.policies import Observation, Policy, policies, policy
 
 if TYPE_CHECKING:
-    from defensivekv.integrations.transformers import EvictingCache, disable, enable
+    from defensivekv.integrations.transformers import Context, EvictingCache, compress, disable, enable
+    from defensivekv.needleworld import demo_model
 
 __version__ = "0.1.0"
 
+_TRANSFORMERS = "defensivekv.integrations.transformers"
 _LAZY = {
-    "EvictingCache": "defensivekv.integrations.transformers",
-    "disable": "defensivekv.integrations.transformers",
-    "enable": "defensivekv.integrations.transformers",
+    "Context": _TRANSFORMERS,
+    "EvictingCache": _TRANSFORMERS,
+    "compress": _TRANSFORMERS,
+    "demo_model": "defensivekv.needleworld",
+    "disable": _TRANSFORMERS,
+    "enable": _TRANSFORMERS,
 }
 
 __all__ = [
     "Budget",
     "BudgetError",
     "CacheError",
+    "Context",
     "DefensiveKVError",
     "DefensiveKVWarning",
     "EvictingCache",
@@ -42,6 +48,8 @@ __all__ = [
     "UnknownPolicyError",
     "UnsupportedModelError",
     "__version__",
+    "compress",
+    "demo_model",
     "disable",
     "enable",
     "policies",

@@ -1,7 +1,19 @@
 """DefensiveKV for Hugging Face transformers: one attention function, one mask function, one cache."""
 
 from defensivekv.integrations.transformers.cache import EvictingCache
+from defensivekv.integrations.transformers.context import Answer, Context, compress
 from defensivekv.integrations.transformers.model import check_supported, disable, enable, is_enabled
 from defensivekv.integrations.transformers.report import CacheReport, LayerReport
 
-__all__ = ["CacheReport", "EvictingCache", "LayerReport", "check_supported", "disable", "enable", "is_enabled"]
+__all__ = [
+    "Answer",
+    "CacheReport",
+    "Context",
+    "EvictingCache",
+    "LayerReport",
+    "check_supported",
+    "compress",
+    "disable",
+    "enable",
+    "is_enabled",
+]

@@ -1,9 +1,7 @@
 """The cache that a user passes to `generate()`: reads the prompt whole, keeps what the policy keeps of it."""
 
 import copy
-import warnings
 import weakref
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -13,14 +11,14 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache
 
 from defensivekv.budget import Budget
-from defensivekv.errors import CacheError, DefensiveKVWarning, InvalidInputError
-from defensivekv.integrations.transformers.layer import EvictedLayer, LayerHandoff, Pending
-from defensivekv.integrations.transformers.model import is_enabled, output_projection, plan_layers, text_config
+from defensivekv.errors import CacheError, InvalidInputError
+from defensivekv.integrations.transformers.checks import check_forward, check_model
+from defensivekv.integrations.transformers.decision import PromptDecision
+from defensivekv.integrations.transformers.layer import EvictedLayer, LayerHandoff
+from defensivekv.integrations.transformers.model import check_supported, max_positions, plan_layers
 from defensivekv.integrations.transformers.report import CacheReport, LayerReport
-from defensivekv.policies import Observation, Policy
+from defensivekv.policies import Policy
 from defensivekv.policies import policy as make_policy
-from defensivekv.policies.policy import bytes_per_token
-from defensivekv.types import LayerScores
 
 
 class EvictingCache(Cache):
@@ -50,15 +48,16 @@ class EvictingCache(Cache):
             self.policy = policy
         else:
             self.policy = make_policy(policy, budget, **options)
+        check_supported(model)
         self._plans = plan_layers(model)
         self._model = weakref.ref(model)
         self._module_ids = frozenset(id(module) for module in model.modules())
-        self._max_tokens: int | None = getattr(text_config(model), "max_position_embeddings", None)
-        self.outstanding: LayerHandoff | None = None
-        self._clear_decisions()
-        super().__init__(layers=self._new_layers())
+        self._max_tokens = max_positions(model)
         self.evicted_layers = tuple(index for index, plan in enumerate(self._plans) if plan.evicted)
         """Numbers of the model's layers that are evicted; the first dimension of `lengths` follows them."""
+        self.outstanding: LayerHandoff | None = None
+        self._decision = PromptDecision(self.policy, self.evicted_layers)
+        super().__init__(layers=self._new_layers())
 
     def _new_layers(self) -> list[Any]:
         return [
@@ -68,62 +67,26 @@ class EvictingCache(Cache):
             for index, plan in enumerate(self._plans)
         ]
 
-    def _clear_decisions(self) -> None:
-        self._scores: dict[int, LayerScores] = {}
-        self._shares: tuple[Fraction, ...] = ()
-        self._bytes_per_token = 0
-        self._rows: tuple[int, ...] = ()
-        self._unreachable: set[int] = set()
-
     @property
     def _evicted(self) -> list[EvictedLayer]:
         return [self.layers[index] for index in self.evicted_layers]
 
-    # ------------------------------------------------------------------ checks, before any work is lost
+    # ------------------------------------------------------------------ what the layers ask for
 
     def check_update(self, layer: EvictedLayer, keys: Tensor, values: Tensor) -> None:
         """Raises where the tokens about to be stored could not be answered from correctly."""
-        model = self._model()
-        if model is None:
-            raise CacheError("the model that this cache was made for is gone")
-        if not is_enabled(model):
-            raise CacheError(
-                f"{type(model).__name__} is not enabled, and its own attention would read a part of this cache only: "
-                "call defensivekv.enable(model)"
-            )
-        self._check_outstanding(layer)
-        x = keys.shape[2]
-        if x == 0:
-            raise InvalidInputError("the prompt has no tokens: pass at least one")
-        if layer.index == self.evicted_layers[0] and x > 1:
-            total = layer.store.seen + x
-            if self._max_tokens is not None and total > self._max_tokens:
-                raise InvalidInputError(
-                    f"{total} tokens exceed the model's maximum of {self._max_tokens} positions: shorten the prompt"
-                )
-            if layer.awaits_prompt:
-                size = keys.shape[1] * (keys.shape[3] + values.shape[3]) * keys.element_size() + 4 * keys.shape[1]
-                self.policy.row_share(x, size * len(self.evicted_layers))
-
-    def _check_outstanding(self, layer: EvictedLayer) -> None:
-        """The keys handed out last must have arrived at our attention function."""
+        check_model(self._model())
         last, self.outstanding = self.outstanding, None
-        if last is None or last.is_consumed:
-            return
-        if last.view is not None or last.layer is layer:
+        if last is not None and not last.is_consumed:
             raise CacheError(
-                f"layer {last.layer.index} read only the newest part of this cache: the model that ran is not the one "
-                "the cache was made for, or does not use defensivekv's attention; make the cache for that model and "
-                "call defensivekv.enable on it"
+                f"the keys of layer {last.layer.index} never arrived at defensivekv's attention: the model that ran is "
+                "not the one that the cache was made for, or it changes its keys after the cache and is not supported; "
+                "make an EvictingCache for each model, and call defensivekv.enable on it"
             )
-        last.layer.awaits_prompt = False
-        self._unreachable.add(last.layer.index)
-        if len(self._unreachable) == 1:
-            warnings.warn(
-                f"layer {last.layer.index} changes its keys after the cache handed them out: such layers stay dense",
-                DefensiveKVWarning,
-                stacklevel=4,
-            )
+        if layer.pending is not None:
+            raise CacheError("a prompt waits for its drafts to be verified: call crop() before going on")
+        if layer.index == self.evicted_layers[0]:
+            check_forward(self._evicted, keys, values, self.policy, self._max_tokens)
 
     def check_module(self, module: nn.Module) -> None:
         """Raises CacheError where `module` is not a part of the model that this cache was made for."""
@@ -133,69 +96,15 @@ class EvictingCache(Cache):
                 "make an EvictingCache for each model"
             )
 
-    # ------------------------------------------------------------------ the decision
-
     def decide(self, layer: EvictedLayer) -> None:
         """Scores the layer's prompt, and evicts as soon as everything that competes with it has been scored."""
         pending, layer.pending = layer.pending, None
         assert pending is not None
-        observation = self._observation(layer, pending)
-        if layer.index == self.evicted_layers[0]:
-            _check_pads(observation)
-        size = bytes_per_token(observation) * len(self.evicted_layers)
-        rows = _row_lengths(observation)
-        self._shares = tuple(self.policy.row_share(tokens, size) for tokens in rows)
-        self._rows, self._bytes_per_token = rows, size
-        try:
-            scores = self.policy.score(observation, num_layers=len(self.evicted_layers))
-        except InvalidInputError as error:
-            raise InvalidInputError(f"layer {layer.index}: {error}") from None
-        if not self.policy.allocation.spans_layers:
-            layer.store.compact(self.policy.keep([scores], list(self._shares))[0])
-        else:
-            self._scores[layer.index] = scores
-            if len(self._scores) + len(self._unreachable) == len(self.evicted_layers):
-                self._evict_across_layers()
-        if layer.index == self.evicted_layers[-1]:
-            self._say_what_is_whole()
-
-    def _evict_across_layers(self) -> None:
-        indices = sorted(self._scores)
-        for index, kept in zip(
-            indices, self.policy.keep([self._scores[index] for index in indices], list(self._shares)), strict=True
-        ):
-            self.layers[index].store.compact(kept)
-        self._scores = {}
-
-    def _observation(self, layer: EvictedLayer, pending: Pending) -> Observation:
         tail = layer.store.tail
         assert tail is not None
-        queries = _window_queries(pending.queries, pending.valid, self.policy.window_size)
-        projection = None
-        if self.policy.weighting is not None:
-            projection = output_projection(pending.module, queries.shape[1] * tail.values.shape[-1])
-            projection = projection.to(tail.values.device)
-        return Observation(
-            queries=queries.detach(),
-            keys=tail.keys.detach(),
-            values=tail.values.detach(),
-            output_projection=projection,
-            scaling=pending.scaling,
-            valid=pending.valid,
-            softcap=pending.softcap,
-            sinks=None if pending.sinks is None else pending.sinks.detach(),
-        )
-
-    def _say_what_is_whole(self) -> None:
-        whole = [tokens for tokens, share in zip(self._rows, self._shares, strict=True) if share >= 1]
-        if whole and not self.policy.budget.is_full:
-            lengths = ", ".join(str(tokens) for tokens in sorted(set(whole)))
-            warnings.warn(
-                f"{len(whole)} of {len(self._rows)} prompts ({lengths} tokens) are kept whole: "
-                f"too short for budget {self.policy.budget}",
-                DefensiveKVWarning,
-                stacklevel=6,
-            )
+        observation = pending.observation(tail.keys, tail.values, self.policy)
+        for index, kept in self._decision.add(layer.index, observation).items():
+            self.layers[index].store.compact(kept)
 
     # ------------------------------------------------------------------ what transformers asks for
 
@@ -216,18 +125,19 @@ class EvictingCache(Cache):
 
     def reset(self) -> None:
         """Forgets everything; the cache can take a new prompt."""
-        self._clear_decisions()
         self.outstanding = None
-        super().reset()
+        self._decision = PromptDecision(self.policy, self.evicted_layers)
+        # New layers, because what a stock layer's own reset leaves behind differs between releases.
+        self.layers = self._new_layers()
 
     # ------------------------------------------------------------------ forks
 
     def fork(self) -> "EvictingCache":
         """A cache that goes on by itself from here. The prefix is shared, what came after it is copied."""
-        if any(layer.pending is not None for layer in self._evicted) or self._scores:
+        if any(layer.pending is not None for layer in self._evicted) or self._decision.is_underway:
             raise CacheError("the cache cannot be forked in the middle of a forward pass")
         twin = copy.copy(self)
-        twin._unreachable = set(self._unreachable)
+        twin._decision = self._decision.fork()
         twin.outstanding = None
         twin.layers = []
         for index, layer in enumerate(self.layers):
@@ -273,24 +183,17 @@ class EvictingCache(Cache):
         layers = []
         for index, (plan, layer) in enumerate(zip(self._plans, self.layers, strict=True)):
             lengths: tuple[tuple[int, ...], ...] = ()
-            evicted = False
             if isinstance(layer, EvictedLayer) and layer.store.view is not None:
                 view = layer.store.view
                 lengths = tuple(view.prefix.lengths[row] for row in view.rows)
-                evicted = True
-            kind = "keys changed after the cache" if index in self._unreachable else plan.kind
-            layers.append(
-                LayerReport(
-                    index, kind, plan.evicted and index not in self._unreachable, evicted, lengths, _layer_bytes(layer)
-                )
-            )
+            layers.append(LayerReport(index, plan.kind, plan.evicted, bool(lengths), lengths, _layer_bytes(layer)))
         return CacheReport(
             policy=self.policy.name,
             budget=str(self.policy.budget),
             layers=tuple(layers),
-            prompt_tokens=self._rows,
-            kept_whole=tuple(share >= 1 for share in self._shares),
-            full_bytes=self._bytes_per_token * sum(self._rows),
+            prompt_tokens=self._decision.rows,
+            kept_whole=tuple(share >= 1 for share in self._decision.shares),
+            full_bytes=self._decision.bytes_per_token * sum(self._decision.rows),
         )
 
 
@@ -301,42 +204,14 @@ def _stock_kind(kind: str) -> str:
 def _layer_bytes(layer: Any) -> int:
     if isinstance(layer, EvictedLayer):
         return layer.store.nbytes
-    states = [getattr(layer, "keys", None), getattr(layer, "values", None)]
+    states = [getattr(layer, name, None) for name in ("keys", "values", "indexer_keys")]
     for name in ("conv_states", "recurrent_states"):
         held = getattr(layer, name, None)
         states.extend(held.values() if isinstance(held, dict) else [held])
-    return sum(state.nbytes for state in states if isinstance(state, Tensor))
-
-
-def _row_lengths(observation: Observation) -> tuple[int, ...]:
-    if observation.valid is None:
-        return (observation.num_tokens,) * observation.keys.shape[0]
-    return tuple(observation.valid.sum(-1).tolist())
-
-
-def _window_queries(queries: Tensor, valid: Tensor | None, window_size: int) -> Tensor:
-    """The last `window_size` valid queries of each row (fewer: the first ones are repeated pads, never read)."""
-    if valid is None or bool(valid[:, -window_size:].all()):
-        return queries[:, :, -window_size:]
-    positions = torch.arange(valid.shape[1], device=valid.device)
-    last = positions.masked_fill(~valid, -1).sort(dim=-1).values[:, -window_size:].clamp_min(0)
-    index = last[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3])
-    return queries.gather(2, index)
-
-
-def _check_pads(observation: Observation) -> None:
-    """Raises where some rows of an unmasked batch begin with one token repeated: pads that nobody named.
-
-    In the first layer a value depends on its token only, so that equal tokens show as equal values.
-    """
-    b, t = observation.keys.shape[0], observation.num_tokens
-    if observation.valid is not None or b == 1 or t < 2:
-        return
-    first, second = observation.values[:, :, 0].float(), observation.values[:, :, 1].float()
-    repeated = torch.isclose(first, second, rtol=1e-4, atol=1e-6).flatten(1).all(-1)
-    if bool(repeated.any()) and not bool(repeated.all()):
-        rows = ", ".join(str(row) for row in repeated.nonzero().flatten().tolist())
-        raise InvalidInputError(
-            f"rows {rows} of the batch begin with one token repeated, which looks like padding, and no attention mask "
-            "hides it: pass the tokenizer's attention_mask to generate() or to the model"
-        )
+    # Of the storage: a sliding layer holds its window as a view of everything that it has just read.
+    storages = {
+        state.untyped_storage().data_ptr(): state.untyped_storage().nbytes()
+        for state in states
+        if isinstance(state, Tensor)
+    }
+    return sum(storages.values())

@@ -1,7 +1,6 @@
 """One evicted layer, in transformers' cache-layer interface."""
 
 import weakref
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,32 +10,11 @@ from transformers.cache_utils import CacheLayerMixin
 from defensivekv.cache import PrefixView, RaggedLayer
 from defensivekv.errors import CacheError
 from defensivekv.integrations.transformers.attention import tag
+from defensivekv.integrations.transformers.decision import Pending
 from defensivekv.types import Keys, Values
 
 if TYPE_CHECKING:
     from defensivekv.integrations.transformers.cache import EvictingCache
-
-
-@dataclass
-class Pending:
-    """A prompt that was read and is not decided yet.
-
-    queries: (b, q, t, d) of the whole prompt. valid: (b, t), False at pads; None: no pads.
-    """
-
-    module: nn.Module
-    queries: Tensor
-    valid: Tensor | None
-    scaling: float
-    softcap: float | None
-    sinks: Tensor | None
-
-    def without_last(self, count: int) -> "Pending":
-        """The same without the last `count` tokens, which turned out to be wrong drafts."""
-        if count == 0:
-            return self
-        valid = None if self.valid is None else self.valid[:, :-count]
-        return Pending(self.module, self.queries[:, :, :-count], valid, self.scaling, self.softcap, self.sinks)
 
 
 class LayerHandoff:
@@ -107,7 +85,8 @@ class EvictedLayer(CacheLayerMixin):
         """Appends keys and values (b, h, x, d); gives the tail's, tagged for the attention function."""
         self.owner.check_update(self, key_states, value_states)
         self.is_initialized = True
-        keys, values = self.store.append(key_states, value_states)
+        # Detached: a prefix that hangs on a graph would keep the evicted entries alive through it.
+        keys, values = self.store.append(key_states.detach(), value_states.detach())
         handoff = LayerHandoff(self, self.store.view)
         self.owner.outstanding = handoff
         return tag(keys, handoff), values

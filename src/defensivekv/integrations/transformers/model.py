@@ -46,6 +46,22 @@ def plan_layers(model: PreTrainedModel) -> list[LayerPlan]:
     ]
 
 
+def max_positions(model: PreTrainedModel) -> int | None:
+    """How many positions the model has, as far as its configuration says; stretched rotary positions counted."""
+    config = text_config(model)
+    stated: int | None = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None)
+    if stated is None or not isinstance(rope, dict):
+        return stated
+    stretched = [stated]
+    # Some models have parameters for each kind of layer.
+    for parameters in (rope, *rope.values()):
+        if isinstance(parameters, dict) and parameters.get("factor"):
+            original = parameters.get("original_max_position_embeddings") or stated
+            stretched.append(int(original * parameters["factor"]))
+    return max(stretched)
+
+
 def enable(model: PreTrainedModel) -> None:
     """Switches the model's attention to one that can read an `EvictingCache`.
 

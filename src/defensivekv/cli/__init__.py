@@ -1,0 +1,30 @@
+"""The command line: thin functions from options to calls."""
+
+import sys
+
+import typer
+from rich.console import Console
+
+from defensivekv.cli.ask import ask
+from defensivekv.cli.demo import demo
+from defensivekv.cli.policies import list_policies
+from defensivekv.errors import DefensiveKVError
+
+app = typer.Typer(
+    help="Evict the part of the KV cache that does not matter, and really give the memory back.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(demo)
+app.command()(ask)
+app.command("policies")(list_policies)
+
+
+def main() -> None:
+    """Runs the command line; errors that were raised on purpose become one line and exit status 2."""
+    try:
+        app()
+    except DefensiveKVError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        sys.exit(2)

@@ -1,0 +1,34 @@
+"""Loading a model by name for the command line."""
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from defensivekv.errors import InvalidInputError
+from defensivekv.needleworld import demo_model
+
+_DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(
+    name: str | None, *, dtype: str, device: str, trust_remote_code: bool, console: Console
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of that name or folder, and its tokenizer; the packaged model where none is named.
+
+    Raises InvalidInputError for an unknown dtype, and for a model that cannot be loaded.
+    """
+    if dtype not in _DTYPES:
+        raise InvalidInputError(f"unknown dtype {dtype!r}: use {', '.join(_DTYPES)}")
+    logging.disable_progress_bar()
+    source = name or demo_model()
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    with console.status(f"loading {name or 'the packaged model'}"):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=_DTYPES[dtype], trust_remote_code=trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise InvalidInputError(f"cannot load {source!r}: {error}") from error
+    return model.to(device).eval(), tokenizer

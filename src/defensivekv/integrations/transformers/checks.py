@@ -1,0 +1,78 @@
+"""What is checked before tokens enter a cache, so that no work is lost and no answer silently wrong."""
+
+import sys
+import warnings
+from collections.abc import Sequence
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from defensivekv.budget import entry_bytes
+from defensivekv.errors import CacheError, DefensiveKVWarning, InvalidInputError
+from defensivekv.integrations.transformers.layer import EvictedLayer
+from defensivekv.integrations.transformers.model import is_enabled
+from defensivekv.policies import Policy
+
+
+def check_model(model: PreTrainedModel | None) -> None:
+    """Raises CacheError where the cache's model is gone or disabled."""
+    if model is None:
+        raise CacheError("the model that this cache was made for is gone")
+    if not is_enabled(model):
+        raise CacheError(
+            f"{type(model).__name__} is not enabled, and its own attention would read a part of this cache only: "
+            "call defensivekv.enable(model)"
+        )
+
+
+def check_forward(
+    layers: Sequence[EvictedLayer], keys: Tensor, values: Tensor, policy: Policy, max_tokens: int | None
+) -> None:
+    """Raises for what a forward pass brings, when it arrives at the first of the evicted layers.
+
+    keys, values: (b, h, x, d or v) of the tokens to be stored. max_tokens: the model's positions.
+    """
+    first, x = layers[0], int(keys.shape[2])
+    seen = first.store.seen
+    if x == 0:
+        raise InvalidInputError("the prompt has no tokens: pass at least one")
+    if any(layer.store.seen != seen or (seen and layer.store.view is None) for layer in layers):
+        raise CacheError("an earlier forward pass through this cache broke off: call reset(), or make a new cache")
+    if x == 1:
+        return
+    if max_tokens is not None and seen + x > max_tokens:
+        raise InvalidInputError(
+            f"{seen + x} tokens exceed the model's maximum of {max_tokens} positions: shorten the prompt"
+        )
+    if first.awaits_prompt:
+        size = keys.shape[1] * entry_bytes(keys.shape[3], values.shape[3], keys.element_size())
+        share = policy.row_share(x, size * len(layers))
+        if share < 1:
+            _check_chunks(x)
+    elif first.store.tail_length == 0 and x == seen and not policy.budget.is_full:
+        warnings.warn(
+            f"{x} tokens follow a prompt of {x} tokens: if both are chunks of one prompt, then only the first has been "
+            "evicted from; pass the prompt to the model whole",
+            DefensiveKVWarning,
+            stacklevel=4,
+        )
+
+
+def _check_chunks(num_tokens: int) -> None:
+    """Raises where `generate(prefill_chunk_size=...)` is about to pass a part of the prompt as if it were all.
+
+    A chunk looks like a prompt, and nothing that a cache is told gives it away: only the caller knows.
+    """
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code.co_name != "_prefill":
+            continue
+        chunk_size = getattr(frame.f_locals.get("generation_config"), "prefill_chunk_size", None)
+        prompt = frame.f_locals.get("input_ids")
+        if chunk_size is not None and isinstance(prompt, Tensor) and prompt.shape[1] > num_tokens:
+            raise InvalidInputError(
+                f"prefill_chunk_size={chunk_size} would show the policy the first {num_tokens} of {prompt.shape[1]} "
+                "prompt tokens only: leave it out, or use budget=1.0"
+            )
+        return

@@ -1,0 +1,147 @@
+"""A document compressed once and asked many times, each question from the same prefix."""
+
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from defensivekv.budget import Budget
+from defensivekv.errors import InvalidInputError
+from defensivekv.integrations.transformers.cache import EvictingCache
+from defensivekv.integrations.transformers.model import enable, text_config
+from defensivekv.integrations.transformers.report import CacheReport
+from defensivekv.integrations.transformers.versions import CACHE_ARGUMENT
+from defensivekv.policies import Policy
+
+Template = Literal["auto", "chat", "plain"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of one question.
+
+    text: decoded without special tokens. question_tokens, new_tokens: counts. seconds: from the question's
+    tokens to the last new one.
+    """
+
+    text: str
+    question_tokens: int
+    new_tokens: int
+    seconds: float
+
+
+class Context:
+    """A compressed document; made by `compress`.
+
+    Questions do not see each other: each starts from a fork of the same cache.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        cache: EvictingCache,
+        document_ids: Int[Tensor, "1 t"],
+        suffix: str,
+        prefill_seconds: float,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.cache = cache
+        self.document_ids = document_ids
+        self.prefill_seconds = prefill_seconds
+        self._suffix = suffix
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the document, the template's before it counted."""
+        return int(self.document_ids.shape[1])
+
+    def report(self) -> CacheReport:
+        """What was kept of the document, and what it takes."""
+        return self.cache.report()
+
+    def ask(self, question: str, *, max_new_tokens: int = 64, **generate_options: Any) -> str:
+        """The answer's text; see `answer`."""
+        return self.answer(question, max_new_tokens=max_new_tokens, **generate_options).text
+
+    def answer(self, question: str, *, max_new_tokens: int = 64, **generate_options: Any) -> Answer:
+        """Answers from the document, greedily unless `generate_options` say otherwise.
+
+        generate_options: passed on to the model's `generate`. Raises InvalidInputError for an empty question,
+        and where document, question and answer exceed the model's positions.
+        """
+        if not question.strip():
+            raise InvalidInputError("the question is empty")
+        tokens = self.tokenizer(question + self._suffix, add_special_tokens=False, return_tensors="pt")
+        question_ids = tokens["input_ids"].to(self.document_ids.device)
+        ids = torch.cat((self.document_ids, question_ids), dim=1)
+        check_length(self.model, ids.shape[1] + max_new_tokens, "document, question and answer")
+        options = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate_options}
+        start = time.perf_counter()
+        output = self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), **{CACHE_ARGUMENT: self.cache.fork()}, **options
+        )
+        seconds = time.perf_counter() - start
+        new = output[0, ids.shape[1] :]
+        text = self.tokenizer.decode(new, skip_special_tokens=True).strip()
+        return Answer(text, int(question_ids.shape[1]), len(new), seconds)
+
+
+@torch.no_grad()
+def compress(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    document: str,
+    policy: Policy | str = "layer-defensivekv",
+    budget: float | int | str | Budget | None = None,
+    *,
+    template: Template = "auto",
+    **options: Any,
+) -> Context:
+    """Reads a document once and keeps what the policy keeps of its cache. Enables the model.
+
+    policy, budget, options: as for `EvictingCache`. template: "chat" puts the document and later the question
+    into one user turn of the tokenizer's chat template; "plain" takes them as they are; "auto" is "chat" where
+    the tokenizer has a template.
+
+    Raises InvalidInputError for an empty document or one past the model's maximum length, and what `enable` and
+    `EvictingCache` raise; each before the document is read.
+    """
+    enable(model)
+    cache = EvictingCache(model, policy, budget, **options)
+    prefix, suffix, add_special_tokens = split_template(tokenizer, document, template)
+    if not document.strip():
+        raise InvalidInputError("the document is empty")
+    ids = tokenizer(prefix, add_special_tokens=add_special_tokens, return_tensors="pt")["input_ids"].to(model.device)
+    check_length(model, ids.shape[1] + 1, "the document")
+    start = time.perf_counter()
+    model(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE_ARGUMENT: cache})
+    return Context(model, tokenizer, cache, ids, suffix, time.perf_counter() - start)
+
+
+def split_template(tokenizer: PreTrainedTokenizerBase, document: str, template: Template) -> tuple[str, str, bool]:
+    """The text up to the question, the text after the question, and whether special tokens must be added."""
+    if template == "plain" or (template == "auto" and not tokenizer.chat_template):
+        return document, "", True
+    if not tokenizer.chat_template:
+        raise InvalidInputError("the tokenizer has no chat template: use template='plain'")
+    mark = uuid.uuid4().hex
+    messages = [{"role": "user", "content": f"{document}\n\n{mark}"}]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if rendered.count(mark) != 1:
+        raise InvalidInputError("the chat template does not keep the user's text as it is: use template='plain'")
+    before, after = rendered.split(mark)
+    return before, after, False
+
+
+def check_length(model: PreTrainedModel, num_tokens: int, what: str) -> None:
+    """Raises InvalidInputError where `num_tokens` are more than the model has positions for."""
+    maximum = getattr(text_config(model), "max_position_embeddings", None)
+    if maximum is not None and num_tokens > maximum:
+        raise InvalidInputError(f"{what}: {num_tokens} tokens, but the model has {maximum} positions; shorten the text")

@@ -1,0 +1,147 @@
+"""What is decided of one prompt: its scores, layer by layer, and what stays."""
+
+import warnings
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor, nn
+
+from defensivekv.errors import DefensiveKVWarning, InvalidInputError
+from defensivekv.integrations.transformers.model import output_projection
+from defensivekv.policies import Observation, Policy
+from defensivekv.policies.policy import bytes_per_token
+from defensivekv.types import Kept, Keys, LayerScores, Values
+
+
+@dataclass
+class Pending:
+    """A prompt that was read and is not decided yet.
+
+    queries: (b, q, t, d) of the whole prompt. valid: (b, t), False at pads; None: no pads.
+    """
+
+    module: nn.Module
+    queries: Tensor
+    valid: Tensor | None
+    scaling: float
+    softcap: float | None
+    sinks: Tensor | None
+
+    def without_last(self, count: int) -> "Pending":
+        """The same without the last `count` tokens, which turned out to be wrong drafts."""
+        if count == 0:
+            return self
+        valid = None if self.valid is None else self.valid[:, :-count]
+        return Pending(self.module, self.queries[:, :, :-count], valid, self.scaling, self.softcap, self.sinks)
+
+    def observation(self, keys: Keys, values: Values, policy: Policy) -> Observation:
+        """What the policy is shown of the layer."""
+        queries = _window_queries(self.queries, self.valid, policy.window_size)
+        projection = None
+        if policy.weighting is not None:
+            projection = output_projection(self.module, queries.shape[1] * values.shape[-1]).to(values.device)
+        return Observation(
+            queries=queries.detach(),
+            keys=keys,
+            values=values,
+            output_projection=projection,
+            scaling=self.scaling,
+            valid=self.valid,
+            softcap=self.softcap,
+            sinks=None if self.sinks is None else self.sinks.detach(),
+        )
+
+
+class PromptDecision:
+    """The decision on one prompt.
+
+    layers: numbers of the evicted layers, in order. rows: tokens of each row, pads left out; empty before the
+    prompt. shares: what each row keeps. bytes_per_token: of all evicted layers together.
+    """
+
+    def __init__(self, policy: Policy, layers: tuple[int, ...]) -> None:
+        self.policy = policy
+        self.layers = layers
+        self.rows: tuple[int, ...] = ()
+        self.shares: tuple[Fraction, ...] = ()
+        self.bytes_per_token = 0
+        self._scores: dict[int, LayerScores] = {}
+
+    @property
+    def is_underway(self) -> bool:
+        """Whether scores wait for those of further layers."""
+        return bool(self._scores)
+
+    def add(self, layer: int, observation: Observation) -> dict[int, Kept]:
+        """Scores a layer; gives what stays in the layers that this decides: this one, or at last all, or none."""
+        if layer == self.layers[0]:
+            _check_pads(observation)
+        size = bytes_per_token(observation) * len(self.layers)
+        self.rows, self.bytes_per_token = _row_lengths(observation), size
+        self.shares = tuple(self.policy.row_share(tokens, size) for tokens in self.rows)
+        try:
+            scores = self.policy.score(observation, num_layers=len(self.layers))
+        except InvalidInputError as error:
+            raise InvalidInputError(f"layer {layer}: {error}") from None
+        if layer == self.layers[-1]:
+            self._say_what_is_whole()
+        if not self.policy.allocation.spans_layers:
+            return {layer: self.policy.keep([scores], list(self.shares))[0]}
+        self._scores[layer] = scores
+        if len(self._scores) < len(self.layers):
+            return {}
+        scored, self._scores = self._scores, {}
+        return dict(zip(scored, self.policy.keep(list(scored.values()), list(self.shares)), strict=True))
+
+    def fork(self) -> "PromptDecision":
+        """The same decision, to go on by itself."""
+        twin = PromptDecision(self.policy, self.layers)
+        twin.rows, twin.shares, twin.bytes_per_token = self.rows, self.shares, self.bytes_per_token
+        return twin
+
+    def _say_what_is_whole(self) -> None:
+        whole = [tokens for tokens, share in zip(self.rows, self.shares, strict=True) if share >= 1]
+        if whole and not self.policy.budget.is_full:
+            lengths = ", ".join(str(tokens) for tokens in sorted(set(whole)))
+            warnings.warn(
+                f"{len(whole)} of {len(self.rows)} prompts ({lengths} tokens) are kept whole: "
+                f"too short for budget {self.policy.budget}",
+                DefensiveKVWarning,
+                stacklevel=7,
+            )
+
+
+def _row_lengths(observation: Observation) -> tuple[int, ...]:
+    if observation.valid is None:
+        return (observation.num_tokens,) * observation.keys.shape[0]
+    return tuple(observation.valid.sum(-1).tolist())
+
+
+def _window_queries(queries: Tensor, valid: Tensor | None, window_size: int) -> Tensor:
+    """The last `window_size` valid queries of each row (fewer: the first ones are repeated pads, never read)."""
+    if valid is None or bool(valid[:, -window_size:].all()):
+        return queries[:, :, -window_size:]
+    positions = torch.arange(valid.shape[1], device=valid.device)
+    last = positions.masked_fill(~valid, -1).sort(dim=-1).values[:, -window_size:].clamp_min(0)
+    index = last[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3])
+    return queries.gather(2, index)
+
+
+def _check_pads(observation: Observation) -> None:
+    """Raises where some rows of an unmasked batch begin with one token repeated: pads that nobody named.
+
+    Causal attention over equal tokens gives equal outputs, so that equal tokens at the start show as equal values.
+    """
+    b, t = observation.keys.shape[0], observation.num_tokens
+    if observation.valid is not None or b == 1 or t < 2:
+        return
+    first, second = observation.values[:, :, 0].float(), observation.values[:, :, 1].float()
+    repeated = torch.isclose(first, second, rtol=1e-4, atol=1e-6).flatten(1).all(-1)
+    if bool(repeated.any()) and not bool(repeated.all()):
+        rows = ", ".join(str(row) for row in repeated.nonzero().flatten().tolist())
+        raise InvalidInputError(
+            f"rows {rows} of the batch begin with one token repeated, which looks like padding, and no attention mask "
+            "hides it: pass the tokenizer's attention_mask to generate() or to the model (a prompt that really begins "
+            "so can be passed in a batch of its own)"
+        )

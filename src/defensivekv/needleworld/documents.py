@@ -1,0 +1,163 @@
+"""Documents of the needle world: filler sentences with facts hidden among them.
+
+special number misty harbor first 47 83 .     a needle: key phrase, ordinal, value of two words
+store 31 07 into alef .  copy alef into bario .   a variable chain
+recall misty harbor first 47 83 .             a fact repeated later in the document
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from random import Random
+
+from defensivekv.needleworld.vocabulary import (
+    ADJECTIVES,
+    ADVERBS,
+    BOS,
+    DETERMINERS,
+    FILLER_ADJECTIVES,
+    FILLER_NOUNS,
+    FILLER_VERBS,
+    NOUNS,
+    NUMBERS,
+    ORDINALS,
+    PREPOSITIONS,
+    VARIABLES,
+)
+
+Words = tuple[str, ...]
+_POOL_SIZE = 8000
+_POOL_SEED = 20_251_013
+
+
+@dataclass(frozen=True)
+class Needle:
+    """A value of a key. ordinal: "first" where the key has one value only."""
+
+    adjective: str
+    noun: str
+    ordinal: str
+    value: tuple[str, str]
+
+    @property
+    def fact(self) -> Words:
+        """Key, ordinal and value."""
+        return (self.adjective, self.noun, self.ordinal, *self.value)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A value stored in a variable that is copied into others."""
+
+    value: tuple[str, str]
+    variables: Words
+
+    @property
+    def statements(self) -> tuple[Words, ...]:
+        """The chain's sentences in order."""
+        head = ("store", *self.value, "into", self.variables[0], ".")
+        copies = ((("copy", a, "into", b, ".")) for a, b in zip(self.variables, self.variables[1:], strict=False))
+        return (head, *copies)
+
+
+@dataclass(frozen=True)
+class Document:
+    """words: the text, `<bos>` first. recalled: positions of values that can be known from before them."""
+
+    words: Words
+    needles: tuple[Needle, ...]
+    chains: tuple[Chain, ...]
+    recalled: tuple[int, ...]
+
+
+def draw_needles(rng: Random, num_keys: int, values_per_key: int = 1, *, similar: bool = False) -> list[Needle]:
+    """Needles of distinct keys. similar: keys share few nouns, so that half a key is not enough to find one."""
+    nouns = rng.sample(NOUNS, max(4, num_keys // 3)) if similar else list(NOUNS)
+    keys: dict[tuple[str, str], None] = {}
+    while len(keys) < num_keys:
+        keys[rng.choice(ADJECTIVES), rng.choice(nouns)] = None
+    return [
+        Needle(adjective, noun, ordinal, _value(rng))
+        for adjective, noun in keys
+        for ordinal in ORDINALS[:values_per_key]
+    ]
+
+
+def draw_chains(rng: Random, num_chains: int) -> list[Chain]:
+    """Chains of three variables each; no variable and no value belongs to two."""
+    variables = rng.sample(VARIABLES, 3 * num_chains)
+    starts = rng.sample(NUMBERS, num_chains)
+    return [Chain((start, rng.choice(NUMBERS)), tuple(variables[3 * i : 3 * i + 3])) for i, start in enumerate(starts)]
+
+
+def write_document(
+    rng: Random, num_tokens: int, needles: list[Needle], chains: list[Chain] | None = None, num_recalls: int = 0
+) -> Document:
+    """A document of exactly `num_tokens` words: the facts in random places, chains in their order, filler between.
+
+    num_recalls: facts repeated somewhere after their needle. Raises ValueError where the facts do not fit.
+    """
+    facts: list[Words] = [("special", "number", *needle.fact, ".") for needle in needles]
+    recalls = [rng.randrange(len(needles)) for _ in range(num_recalls)] if needles else []
+    chains = chains or []
+    statements = [statement for chain in chains for statement in chain.statements]
+    room = num_tokens - 1 - sum(map(len, facts)) - sum(map(len, statements)) - 7 * len(recalls)
+    if room < 0:
+        raise ValueError(f"the facts need {num_tokens - room} words, more than {num_tokens}: ask for a longer document")
+    sentences: list[tuple[int | None, Words]] = [(i, fact) for i, fact in enumerate(facts)]
+    sentences += [(None, sentence) for sentence in _filler(rng, room)]
+    rng.shuffle(sentences)
+    for chain in chains:
+        places = sorted(rng.randint(0, len(sentences)) for _ in chain.statements)
+        for shift, (place, statement) in enumerate(zip(places, chain.statements, strict=True)):
+            sentences.insert(place + shift, (None, statement))
+    for number in recalls:
+        place = next(i for i, (fact, _) in enumerate(sentences) if fact == number)
+        recall = ("recall", *needles[number].fact, ".")
+        sentences.insert(rng.randint(place + 1, len(sentences)), (None, recall))
+    words: list[str] = [BOS]
+    recalled: list[int] = []
+    for _, sentence in sentences:
+        if sentence[0] == "recall":
+            recalled += [len(words) + 4, len(words) + 5]
+        words += sentence
+    return Document(tuple(words), tuple(needles), tuple(chains), tuple(recalled))
+
+
+def _value(rng: Random) -> tuple[str, str]:
+    return rng.choice(NUMBERS), rng.choice(NUMBERS)
+
+
+def _filler(rng: Random, num_words: int) -> list[Words]:
+    pool = _sentence_pool()
+    sentences: list[Words] = []
+    while num_words > 0:
+        sentence = rng.choice(pool)[-num_words:]
+        sentences.append(sentence)
+        num_words -= len(sentence)
+    return sentences
+
+
+@cache
+def _sentence_pool() -> tuple[Words, ...]:
+    """Sentences of a small grammar in which nouns prefer some verbs, and verbs some objects."""
+    rng = Random(_POOL_SEED)
+    verbs = {noun: rng.sample(FILLER_VERBS, 6) for noun in FILLER_NOUNS}
+    objects = {verb: rng.sample(FILLER_NOUNS, 8) for verb in FILLER_VERBS}
+    adjectives = {noun: rng.sample(FILLER_ADJECTIVES, 4) for noun in FILLER_NOUNS}
+
+    def sentence() -> Words:
+        subject = FILLER_NOUNS[int(len(FILLER_NOUNS) * rng.random() ** 2)]
+        verb = rng.choice(verbs[subject])
+        thing = rng.choice(objects[verb])
+        words = [rng.choice(DETERMINERS)]
+        words += [rng.choice(adjectives[subject])] if rng.random() < 0.5 else []
+        words += [subject, verb, rng.choice(DETERMINERS)]
+        words += [rng.choice(adjectives[thing])] if rng.random() < 0.3 else []
+        words += [thing]
+        words += (
+            [rng.choice(PREPOSITIONS), rng.choice(DETERMINERS), rng.choice(FILLER_NOUNS)] if rng.random() < 0.4 else []
+        )
+        words += [rng.choice(ADVERBS)] if rng.random() < 0.3 else []
+        return (*words, ".")
+
+    return tuple(sentence() for _ in range(_POOL_SIZE))

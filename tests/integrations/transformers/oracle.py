@@ -1,0 +1,80 @@
+"""The oracle: the stock model and a stock cache, with the evicted entries masked in dense float32 attention.
+
+It shares with the integration the kept positions only. It is registered under a name of its own.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+
+from defensivekv import EvictingCache
+from defensivekv.attention import masked_attention
+from defensivekv.integrations.transformers.versions import CACHE_ARGUMENT
+
+_NAME = "masked_oracle"
+
+
+class MaskedModel:
+    """Runs a model on its own whole cache; after the prompt, only what `cache` kept of it may be read.
+
+    model: not enabled. cache: an evicting cache that has read the same prompt. Its kept positions are copied.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: EvictingCache, num_tokens: int) -> None:
+        self.model = model
+        self.num_tokens = num_tokens
+        self.kept = {
+            number: _kept_mask(cache, index, num_tokens) for index, number in enumerate(cache.evicted_layers)
+        }
+        self.cache = DynamicCache(config=model.config)
+        AttentionInterface.register(_NAME, self._attention)
+        AttentionMaskInterface.register(_NAME, sdpa_mask)
+
+    def __call__(self, ids: Tensor, **inputs: Any) -> Tensor:
+        """Logits of the next tokens."""
+        before = self.model.config._attn_implementation
+        self.model.set_attn_implementation(_NAME)
+        try:
+            with torch.no_grad():
+                logits: Tensor = self.model(ids, use_cache=True, **{CACHE_ARGUMENT: self.cache}, **inputs).logits
+            return logits
+        finally:
+            self.model.set_attn_implementation(before)
+
+    def _attention(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        b, h, t = key.shape[:3]
+        x = query.shape[2]
+        if attention_mask is None:
+            visible = torch.ones(x, t, dtype=torch.bool).tril(t - x).expand(b, h, x, t).clone()
+        else:
+            assert attention_mask.dtype == torch.bool
+            visible = attention_mask.expand(b, h, x, t).clone()
+        kept = self.kept.get(int(module.layer_idx))  # type: ignore[arg-type]
+        if kept is not None and t > self.num_tokens:
+            visible[..., : self.num_tokens] &= kept[:, :, None]
+        assert scaling is not None
+        output = masked_attention(query, key, value, visible, scaling, softcap, s_aux)
+        return output.to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+def _kept_mask(cache: EvictingCache, layer: int, num_tokens: int) -> Tensor:
+    _, rows, heads = cache.lengths.shape
+    kept = torch.zeros(rows, heads, num_tokens, dtype=torch.bool)
+    for row in range(rows):
+        for head in range(heads):
+            kept[row, head, cache.kept_positions(layer, row, head).long()] = True
+    return kept
