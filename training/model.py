@@ -40,6 +40,7 @@ class RotaryEmbedding:
         self.frequencies = config.rope_theta**-half
 
     def __call__(self, positions: Float[Tensor, " t"]) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, (t, head_dim) each."""
         angles = positions[:, None] * self.frequencies
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos(), angles.sin()

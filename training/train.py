@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import random
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,7 +32,7 @@ SAVE_EVERY, LOG_EVERY = 100, 20
 
 @dataclass(frozen=True)
 class Stage:
-    """Documents of up to `num_tokens` tokens, until `accuracy` of the answer tokens are right or `max_steps` are done."""
+    """Documents of up to `num_tokens` tokens, until `accuracy` of the replies' tokens are right, or for `max_steps`."""
 
     num_tokens: int
     max_keys: int
@@ -218,4 +217,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

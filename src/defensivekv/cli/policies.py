@@ -6,16 +6,17 @@ from rich.table import Table
 
 from defensivekv.policies import policies, policy, summary
 
+_LINE = 130
+
 
 def list_policies() -> None:
     """List the policies: what each keeps, how it splits the budget, and the paper it comes from."""
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("policy", no_wrap=True)
-    table.add_column("what it keeps")
-    table.add_column("budget is split")
-    table.add_column("paper (arXiv)", no_wrap=True)
+    for column in ("policy", "what it keeps", "budget is split", "paper (arXiv)"):
+        table.add_column(column, no_wrap=True)
     for name in policies():
         one = policy(name, budget=1.0)
         split = "" if name == "full" else one.allocation.description
         table.add_row(name, summary(name), split, one.paper.rpartition("/")[2])
-    Console().print(table)
+    console = Console()
+    console.print(table, width=max(console.width, _LINE), crop=False, soft_wrap=True)

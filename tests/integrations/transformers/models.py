@@ -45,7 +45,7 @@ _SPECIFIC: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
     },
     "smollm3": {"no_rope_layers": [1, 1, 0]},
-    "cohere2": {"num_hidden_layers": 4, "sliding_window": 24, "layer_types": _WINDOWED},
+    "cohere2": {"logit_scale": 1.0, "num_hidden_layers": 4, "sliding_window": 24, "layer_types": _WINDOWED},
     "starcoder2": {"sliding_window": None},
     "gpt_neox": {},
 }

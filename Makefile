@@ -1,0 +1,47 @@
+# Two commands for newcomers: `make demo` and `make test`. Each sets up what it needs, in .venv.
+
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
+PYTEST_ARGUMENTS ?= -n 2
+
+.PHONY: demo test check test-slow bench gpu train clean help
+
+help:
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+demo: $(VENV)/.installed ## answer questions from evicted caches with the packaged model (two minutes)
+	$(VENV)/bin/defensivekv demo
+
+test: $(VENV)/.installed-dev check ## lint, types and tests (under fifteen minutes on two cores)
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGUMENTS)
+
+check: $(VENV)/.installed-dev ## lint, format, types, import direction
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/.installed-dev ## the speed figures of the README (minutes; wants a quiet machine)
+	$(VENV)/bin/python -m benchmarks
+
+gpu: ## on a machine with one CUDA GPU, torch, transformers, pytest and hypothesis: tests on CUDA, then benchmarks
+	$(PYTHON) -m benchmarks.gpu
+
+train: $(VENV)/.installed-dev ## train the packaged model again (up to ninety minutes on two cores, resumable)
+	$(VENV)/bin/python -m training.train
+	$(VENV)/bin/python -m training.export
+
+clean: ## remove the environment and what the commands made
+	rm -rf $(VENV) demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	@echo "installing into $(VENV) (once; PyTorch is large)"
+	$(PIP) install --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install --constraint constraints.txt --editable ".[dev]"
+	touch $@
