@@ -54,7 +54,9 @@ SOFTCAPPED_OR_SINKS = ("gemma2", "gpt_oss")
 """Models whose stock attention must be the eager one to be exact."""
 
 
-def tiny_model(architecture: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+def tiny_model(
+    architecture: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
+) -> PreTrainedModel:
     """A random model in evaluation mode, the same for the same seed."""
     options = _COMMON | _SPECIFIC.get(architecture, {}) | changes
     config = AutoConfig.for_model(architecture, **options)

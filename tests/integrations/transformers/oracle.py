@@ -26,9 +26,7 @@ class MaskedModel:
     def __init__(self, model: PreTrainedModel, cache: EvictingCache, num_tokens: int) -> None:
         self.model = model
         self.num_tokens = num_tokens
-        self.kept = {
-            number: _kept_mask(cache, index, num_tokens) for index, number in enumerate(cache.evicted_layers)
-        }
+        self.kept = {number: _kept_mask(cache, index, num_tokens) for index, number in enumerate(cache.evicted_layers)}
         self.cache = DynamicCache(config=model.config)
         AttentionInterface.register(_NAME, self._attention)
         AttentionMaskInterface.register(_NAME, sdpa_mask)
