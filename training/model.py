@@ -23,7 +23,7 @@ class ModelConfig:
     num_key_value_heads: int = 4
     head_dim: int = 32
     intermediate_size: int = 256
-    rope_theta: float = 10_000.0
+    rope_theta: float = 100_000.0
     rms_norm_eps: float = 1e-5
     max_position_embeddings: int = 4096
 

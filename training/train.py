@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from defensivekv.needleworld.vocabulary import VOCABULARY
-from training.batches import Batch, document_batch, recall_batch
+from training.batches import LINK, VALUE, Batch, document_batch, recall_batch
 from training.model import Llama, ModelConfig
 
 SEED = 7
@@ -32,7 +32,7 @@ SAVE_EVERY, LOG_EVERY = 100, 20
 
 @dataclass(frozen=True)
 class Stage:
-    """Documents of up to `num_tokens` tokens, until `accuracy` of the replies' tokens are right, or for `max_steps`."""
+    """Documents of up to `num_tokens` tokens, until `accuracy` of the values are right, or for `max_steps`."""
 
     num_tokens: int
     max_keys: int
@@ -56,13 +56,17 @@ DECAY_STEPS = 500
 
 @dataclass
 class Progress:
-    """Where the run is; saved with the weights."""
+    """Where the run is; saved with the weights. Accuracies: running shares of right tokens.
+
+    accuracy: of needles' values. chain_accuracy: of chains' variables. recall_accuracy: in dense recall.
+    """
 
     step: int = 0
     stage: int = 0
     stage_step: int = 0
     tokens: int = 0
     accuracy: float = 0.0
+    chain_accuracy: float = 0.0
     recall_accuracy: float = 0.0
 
 
@@ -112,7 +116,7 @@ class Trainer:
         if batch.document > document:
             inputs = replace(inputs, mask=batch.mask)
         logits, sinks = self.model(batch.ids[:, :-1], inputs.positions, document, inputs.mask, probe)
-        targets, is_answer = batch.ids[:, 1:], batch.answer[:, 1:]
+        targets, kinds = batch.ids[:, 1:], batch.kinds[:, 1:]
         weights = batch.weights[:, 1:].clone()
         weights[:, self._boundaries(batch)] = 0.0
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
@@ -126,8 +130,10 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        right = (logits.argmax(-1) == targets)[is_answer].float().mean().item()
-        self._note(right, is_recall, is_replay)
+        right = logits.argmax(-1) == targets
+        self._note(right[kinds == VALUE], is_recall, is_replay)
+        if bool((links := kinds == LINK).any()) and not is_replay:
+            self.progress.chain_accuracy = _decayed(self.progress.chain_accuracy, right[links])
         self.progress.tokens += batch.ids.numel()
         return report
 
@@ -160,12 +166,12 @@ class Trainer:
         left = (stage.max_steps - self.progress.stage_step) / DECAY_STEPS if self._is_last else 1.0
         return warm * max(0.02, min(1.0, left))
 
-    def _note(self, right: float, is_recall: bool, is_replay: bool) -> None:
+    def _note(self, right: torch.Tensor, is_recall: bool, is_replay: bool) -> None:
         progress = self.progress
         if is_recall:
-            progress.recall_accuracy = 0.95 * progress.recall_accuracy + 0.05 * right
+            progress.recall_accuracy = _decayed(progress.recall_accuracy, right)
         elif not is_replay:
-            progress.accuracy = 0.95 * progress.accuracy + 0.05 * right
+            progress.accuracy = _decayed(progress.accuracy, right)
         progress.step += 1
         progress.stage_step += 1
 
@@ -202,6 +208,11 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         self.rng.setstate(state["python_rng"])
         torch.set_rng_state(state["torch_rng"])
+
+
+def _decayed(average: float, right: torch.Tensor) -> float:
+    """A running average of the share that is right."""
+    return 0.95 * average + 0.05 * right.float().mean().item()
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
 """Documents of the needle world: filler sentences with facts hidden among them.
 
-special number misty harbor first 47 83 .     a needle: key phrase, ordinal, value of two words
-store 31 07 into alef .  copy alef into bario .   a variable chain
-recall misty harbor first 47 83 .             a fact repeated later in the document
+special number misty harbor 47 83 .                 a needle: key phrase, value of two words
+special number second golden kettle 12 56 .         one of several values of a key
+store 31 07 into alef .    copy alef into bario .   a variable chain
+recall misty harbor 47 83 .                         a fact repeated later in the document
 """
 
 from dataclasses import dataclass
@@ -31,17 +32,15 @@ _POOL_SEED = 20_251_013
 
 @dataclass(frozen=True)
 class Needle:
-    """A value of a key. ordinal: "first" where the key has one value only."""
+    """A key phrase, an ordinal in front where the key has several values, and one value of it."""
 
-    adjective: str
-    noun: str
-    ordinal: str
+    key: Words
     value: tuple[str, str]
 
     @property
     def fact(self) -> Words:
-        """Key, ordinal and value."""
-        return (self.adjective, self.noun, self.ordinal, *self.value)
+        """Key and value."""
+        return (*self.key, *self.value)
 
 
 @dataclass(frozen=True)
@@ -69,17 +68,19 @@ class Document:
     recalled: tuple[int, ...]
 
 
-def draw_needles(rng: Random, num_keys: int, values_per_key: int = 1, *, similar: bool = False) -> list[Needle]:
-    """Needles of distinct keys. similar: keys share few nouns, so that half a key is not enough to find one."""
+def draw_needles(rng: Random, num_keys: int, num_several: int = 0, *, similar: bool = False) -> list[Needle]:
+    """Needles of `num_keys` distinct keys; the first `num_several` keys have three values each, one after the other.
+
+    similar: keys share few nouns, so that half a key is not enough to find one.
+    """
     nouns = rng.sample(NOUNS, max(4, num_keys // 3)) if similar else list(NOUNS)
     keys: dict[tuple[str, str], None] = {}
     while len(keys) < num_keys:
         keys[rng.choice(ADJECTIVES), rng.choice(nouns)] = None
-    return [
-        Needle(adjective, noun, ordinal, _value(rng))
-        for adjective, noun in keys
-        for ordinal in ORDINALS[:values_per_key]
-    ]
+    phrases: list[Words] = []
+    for number, key in enumerate(keys):
+        phrases += [(ordinal, *key) for ordinal in ORDINALS] if number < num_several else [key]
+    return [Needle(phrase, _value(rng)) for phrase in phrases]
 
 
 def draw_chains(rng: Random, num_chains: int) -> list[Chain]:
@@ -100,7 +101,8 @@ def write_document(
     recalls = [rng.randrange(len(needles)) for _ in range(num_recalls)] if needles else []
     chains = chains or []
     statements = [statement for chain in chains for statement in chain.statements]
-    room = num_tokens - 1 - sum(map(len, facts)) - sum(map(len, statements)) - 7 * len(recalls)
+    repeats: list[Words] = [("recall", *needles[number].fact, ".") for number in recalls]
+    room = num_tokens - 1 - sum(map(len, (*facts, *statements, *repeats)))
     if room < 0:
         raise ValueError(f"the facts need {num_tokens - room} words, more than {num_tokens}: ask for a longer document")
     sentences: list[tuple[int | None, Words]] = [(i, fact) for i, fact in enumerate(facts)]
@@ -110,15 +112,15 @@ def write_document(
         places = sorted(rng.randint(0, len(sentences)) for _ in chain.statements)
         for shift, (place, statement) in enumerate(zip(places, chain.statements, strict=True)):
             sentences.insert(place + shift, (None, statement))
-    for number in recalls:
+    for number, recall in zip(recalls, repeats, strict=True):
         place = next(i for i, (fact, _) in enumerate(sentences) if fact == number)
-        recall = ("recall", *needles[number].fact, ".")
         sentences.insert(rng.randint(place + 1, len(sentences)), (None, recall))
     words: list[str] = [BOS]
     recalled: list[int] = []
     for _, sentence in sentences:
         if sentence[0] == "recall":
-            recalled += [len(words) + 4, len(words) + 5]
+            end = len(words) + len(sentence)
+            recalled += [end - 3, end - 2]
         words += sentence
     return Document(tuple(words), tuple(needles), tuple(chains), tuple(recalled))
 

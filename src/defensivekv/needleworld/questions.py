@@ -1,9 +1,9 @@
 """Questions about a document, the replies a model should give, and how a reply is scored.
 
-question one misty harbor first two golden kettle first answer
-one misty harbor first 47 83 two golden kettle first 09 55 end
+question one misty harbor two second golden kettle answer
+one misty harbor 47 83 two second golden kettle 12 56 <end>
 question chain 31 07 answer
-first alef second bario third cendo end
+chain 31 07 into alef into bario into cendo <end>
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from random import Random
 
 from defensivekv.needleworld.documents import Chain, Document, Needle, draw_chains, draw_needles, write_document
-from defensivekv.needleworld.vocabulary import BOS, END, INDICES, ORDINALS
+from defensivekv.needleworld.vocabulary import BOS, END, INDICES
 
 TASKS = ("single_key", "multi_key", "multi_value", "multi_query", "variable_chain")
 """Tasks of the suite, after RULER (arXiv 2404.06654)."""
@@ -45,8 +45,8 @@ class Sample:
 def ask_needles(needles: Sequence[Needle], task: str) -> Question:
     """Asks for the values of one to four needles."""
     entries = list(zip(INDICES, needles, strict=False))
-    asked = [f"{index} {n.adjective} {n.noun} {n.ordinal}" for index, n in entries]
-    reply = [f"{index} {' '.join(n.fact)}" for index, n in entries]
+    asked = [f"{index} {' '.join(needle.key)}" for index, needle in entries]
+    reply = [f"{index} {' '.join(needle.fact)}" for index, needle in entries]
     return Question(
         text=f"question {' '.join(asked)} answer",
         answer=tuple(" ".join(needle.value) for needle in needles),
@@ -57,12 +57,12 @@ def ask_needles(needles: Sequence[Needle], task: str) -> Question:
 
 def ask_chain(chain: Chain, task: str = "variable_chain") -> Question:
     """Asks for all variables that hold a value."""
-    named = [f"{ordinal} {variable}" for ordinal, variable in zip(ORDINALS, chain.variables, strict=True)]
+    value = " ".join(chain.value)
     return Question(
-        text=f"question chain {' '.join(chain.value)} answer",
+        text=f"question chain {value} answer",
         answer=chain.variables,
         task=task,
-        reply=f"{' '.join(named)} {END}",
+        reply=f"chain {value} into {' into '.join(chain.variables)} {END}",
     )
 
 
@@ -90,20 +90,13 @@ def make_sample(task: str, *, num_tokens: int, seed: int, num_questions: int = 4
         document = write_document(rng, num_tokens, draw_needles(rng, 1))
         questions = [ask_needles(document.needles, task)]
     elif task == "multi_value":
-        document = write_document(rng, num_tokens, _multi_value_needles(rng, num_keys // 4))
+        document = write_document(rng, num_tokens, draw_needles(rng, 4 + num_keys // 4, num_several=4))
         questions = [ask_needles(document.needles[3 * i : 3 * i + 3], task) for i in range(4)]
     else:
         document = write_document(rng, num_tokens, draw_needles(rng, num_keys, similar=rng.random() < 0.5))
         width = 4 if task == "multi_query" else 1
         questions = [ask_needles(rng.sample(document.needles, width), task) for _ in range(num_questions)]
     return Sample(text_of(document), tuple(questions[:num_questions]), task, seed)
-
-
-def _multi_value_needles(rng: Random, num_others: int) -> list[Needle]:
-    """Four keys of three values each, first; then other keys of one value."""
-    needles = draw_needles(rng, 4 + num_others, len(ORDINALS))
-    several = 4 * len(ORDINALS)
-    return needles[:several] + needles[several :: len(ORDINALS)]
 
 
 def text_of(document: Document) -> str:

@@ -1,6 +1,6 @@
 """The words of the needle world. One word is one token; the order of `VOCABULARY` is the tokenizer's."""
 
-PAD, BOS, END, UNKNOWN = "<pad>", "<bos>", "end", "<unk>"
+PAD, BOS, END, UNKNOWN = "<pad>", "<bos>", "<end>", "<unk>"
 
 STRUCTURE = tuple(
     """special number question answer first second third one two three four store copy into chain recall .""".split()
