@@ -3,6 +3,8 @@
 It shares with the integration the kept positions only. It is registered under a name of its own.
 """
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,11 +23,16 @@ class MaskedModel:
     """Runs a model on its own whole cache; after the prompt, only what `cache` kept of it may be read.
 
     model: not enabled. cache: an evicting cache that has read the same prompt. Its kept positions are copied.
+    num_tokens: of the prompt, pads counted. sources: layers that read the keys of another layer, and which one's.
+    Batches may hold each prompt several times in a row, as beams and samples do.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: EvictingCache, num_tokens: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, cache: EvictingCache, num_tokens: int, sources: Mapping[int, int] | None = None
+    ) -> None:
         self.model = model
         self.num_tokens = num_tokens
+        self.sources = sources or {}
         self.kept = {number: _kept_mask(cache, index, num_tokens) for index, number in enumerate(cache.evicted_layers)}
         self.cache = DynamicCache(config=model.config)
         AttentionInterface.register(_NAME, self._attention)
@@ -33,12 +40,22 @@ class MaskedModel:
 
     def __call__(self, ids: Tensor, **inputs: Any) -> Tensor:
         """Logits of the next tokens."""
+        with self._switched(), torch.no_grad():
+            logits: Tensor = self.model(ids, use_cache=True, **{CACHE_ARGUMENT: self.cache}, **inputs).logits
+        return logits
+
+    def generate(self, ids: Tensor, **options: Any) -> Tensor:
+        """What the model's own `generate()` makes of it."""
+        with self._switched():
+            sequences: Tensor = self.model.generate(ids, **{CACHE_ARGUMENT: self.cache}, **options)
+        return sequences
+
+    @contextmanager
+    def _switched(self) -> Iterator[None]:
         before = self.model.config._attn_implementation
         self.model.set_attn_implementation(_NAME)
         try:
-            with torch.no_grad():
-                logits: Tensor = self.model(ids, use_cache=True, **{CACHE_ARGUMENT: self.cache}, **inputs).logits
-            return logits
+            yield
         finally:
             self.model.set_attn_implementation(before)
 
@@ -61,9 +78,10 @@ class MaskedModel:
         else:
             assert attention_mask.dtype == torch.bool
             visible = attention_mask.expand(b, h, x, t).clone()
-        kept = self.kept.get(int(module.layer_idx))  # type: ignore[arg-type]
+        index = int(module.layer_idx)  # type: ignore[arg-type]
+        kept = self.kept.get(self.sources.get(index, index))
         if kept is not None and t > self.num_tokens:
-            visible[..., : self.num_tokens] &= kept[:, :, None]
+            visible[..., : self.num_tokens] &= kept.repeat_interleave(b // len(kept), 0)[:, :, None]
         assert scaling is not None
         output = masked_attention(query, key, value, visible, scaling, softcap, s_aux)
         return output.to(query.dtype).transpose(1, 2).contiguous(), None

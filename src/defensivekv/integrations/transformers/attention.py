@@ -1,7 +1,8 @@
 """The attention function and the mask function that transformers calls for an enabled model.
 
-The cache tags the keys that it hands out. Tagged keys are read together with the prefix that the cache held
-at that moment; keys without a tag are ordinary dense attention.
+The cache tags the keys and values that it hands out. Tagged ones are read together with the prefix that the
+cache held at that moment; without a tag they are ordinary dense attention. A tag is lost when a model computes
+new keys or values from those of the cache, whose prefix then says nothing of what the model wants to read.
 """
 
 import warnings
@@ -14,13 +15,13 @@ from transformers.masking_utils import sdpa_mask
 
 from defensivekv.attention import attend
 from defensivekv.cache import PrefixView
-from defensivekv.errors import DefensiveKVWarning, InvalidInputError
+from defensivekv.errors import DefensiveKVWarning, InvalidInputError, UnsupportedModelError
 
 _TAG = "_defensivekv"
 
 
 class Handoff(Protocol):
-    """What a cache attaches to the keys that it hands out."""
+    """What a cache attaches to the keys and values that it hands out."""
 
     view: PrefixView | None
 
@@ -41,9 +42,9 @@ class Handoff(Protocol):
         ...
 
 
-def tag(keys: Tensor, handoff: Handoff) -> Tensor:
-    """The same keys, as a tensor object of its own that carries the hand-off."""
-    tagged = keys.view(keys.shape)
+def tag(states: Tensor, handoff: Handoff) -> Tensor:
+    """The same keys or values, as a tensor object of its own that carries the hand-off."""
+    tagged = states.view(states.shape)
     setattr(tagged, _TAG, handoff)
     return tagged
 
@@ -72,6 +73,11 @@ def attention_forward(
     """
     scale = float(query.shape[-1]) ** -0.5 if scaling is None else scaling
     handoff: Handoff | None = getattr(key, _TAG, None)
+    if handoff is not getattr(value, _TAG, None):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} computes new keys or values from those that the cache returned, so they cannot "
+            "be read from an evicting cache: use another model, or a stock cache after defensivekv.disable(model)"
+        )
     if handoff is None:
         _warn_of_stock_cache(module, query, key)
         return _dense(module, query, key, value, attention_mask, dropout, scale, softcap, s_aux, **kwargs), None
@@ -130,12 +136,14 @@ def _check_arguments(mask: Tensor | None, dropout: float, kwargs: dict[str, Any]
 
 def _warn_of_stock_cache(module: nn.Module, query: Tensor, key: Tensor) -> None:
     """A single query over several tokens is a decoding step: some cache holds them, and it is not ours."""
-    config = getattr(module, "config", None)
+    config, index = getattr(module, "config", None), getattr(module, "layer_idx", None)
     if query.shape[2] != 1 or key.shape[2] == 1 or config is None:
         return
+    # Encoders and resamplers may attend with one query too; what decodes is causal and belongs to a layer.
+    if index is None or not getattr(module, "is_causal", True):
+        return
     kinds = getattr(config, "layer_types", None)
-    index = getattr(module, "layer_idx", None)
-    if kinds is not None and index is not None and kinds[index] != "full_attention":
+    if kinds is not None and kinds[index] != "full_attention":
         return
     if getattr(module, "sliding_window", None) is None:
         warnings.warn(

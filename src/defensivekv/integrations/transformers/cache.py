@@ -56,6 +56,7 @@ class EvictingCache(Cache):
         self.evicted_layers = tuple(index for index, plan in enumerate(self._plans) if plan.evicted)
         """Numbers of the model's layers that are evicted; the first dimension of `lengths` follows them."""
         self.outstanding: LayerHandoff | None = None
+        self._drafting_from = 0
         self._decision = PromptDecision(self.policy, self.evicted_layers)
         super().__init__(layers=self._new_layers())
 
@@ -86,7 +87,8 @@ class EvictingCache(Cache):
         if layer.pending is not None:
             raise CacheError("a prompt waits for its drafts to be verified: call crop() before going on")
         if layer.index == self.evicted_layers[0]:
-            check_forward(self._evicted, keys, values, self.policy, self._max_tokens)
+            check_forward(self._evicted, keys, values, self.policy, self._max_tokens, self._drafting_from)
+            self._drafting_from = 0
 
     def check_module(self, module: nn.Module) -> None:
         """Raises CacheError where `module` is not a part of the model that this cache was made for."""
@@ -123,9 +125,17 @@ class EvictingCache(Cache):
             )
         super().crop(tokens_to_remove)
 
+    def activate_past_recording(self) -> None:
+        """Assisted decoding starts: a prompt is decided on once its first drafts are verified.
+
+        Drafts come in one forward pass with the prompt. Those accepted at once count as a part of it.
+        """
+        self._drafting_from = self.get_seq_length()
+        super().activate_past_recording()
+
     def reset(self) -> None:
         """Forgets everything; the cache can take a new prompt."""
-        self.outstanding = None
+        self.outstanding, self._drafting_from = None, 0
         self._decision = PromptDecision(self.policy, self.evicted_layers)
         # New layers, because what a stock layer's own reset leaves behind differs between releases.
         self.layers = self._new_layers()

@@ -26,11 +26,17 @@ def check_model(model: PreTrainedModel | None) -> None:
 
 
 def check_forward(
-    layers: Sequence[EvictedLayer], keys: Tensor, values: Tensor, policy: Policy, max_tokens: int | None
+    layers: Sequence[EvictedLayer],
+    keys: Tensor,
+    values: Tensor,
+    policy: Policy,
+    max_tokens: int | None,
+    drafting_from: int,
 ) -> None:
     """Raises for what a forward pass brings, when it arrives at the first of the evicted layers.
 
-    keys, values: (b, h, x, d or v) of the tokens to be stored. max_tokens: the model's positions.
+    keys, values: (b, h, x, d or v) of the tokens to be stored. max_tokens: the model's positions. drafting_from:
+    tokens that were stored when assisted decoding started; 0 where it did not since the last forward pass.
     """
     first, x = layers[0], int(keys.shape[2])
     seen = first.store.seen
@@ -38,6 +44,11 @@ def check_forward(
         raise InvalidInputError("the prompt has no tokens: pass at least one")
     if any(layer.store.seen != seen or (seen and layer.store.view is None) for layer in layers):
         raise CacheError("an earlier forward pass through this cache broke off: call reset(), or make a new cache")
+    if drafting_from and x > drafting_from:
+        raise CacheError(
+            f"assisted decoding from a cache that holds {drafting_from} tokens already passes the whole text again "
+            "(transformers does so with its own caches too): give it a new cache, or decode without an assistant"
+        )
     if x == 1:
         return
     if max_tokens is not None and seen + x > max_tokens:

@@ -3,7 +3,7 @@
 import time
 import uuid
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Int
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from defensivekv.budget import Budget
 from defensivekv.errors import InvalidInputError
 from defensivekv.integrations.transformers.cache import EvictingCache
-from defensivekv.integrations.transformers.model import enable, text_config
+from defensivekv.integrations.transformers.model import enable, max_positions
 from defensivekv.integrations.transformers.report import CacheReport
 from defensivekv.integrations.transformers.versions import CACHE_ARGUMENT
 from defensivekv.policies import Policy
@@ -78,17 +78,17 @@ class Context:
         """
         if not question.strip():
             raise InvalidInputError("the question is empty")
-        tokens = self.tokenizer(question + self._suffix, add_special_tokens=False, return_tensors="pt")
-        question_ids = tokens["input_ids"].to(self.document_ids.device)
+        question_ids = _encode(self.model, self.tokenizer, question + self._suffix, special=False, what="question")
         ids = torch.cat((self.document_ids, question_ids), dim=1)
-        check_length(self.model, ids.shape[1] + max_new_tokens, "document, question and answer")
+        _check_length(self.model, ids.shape[1] + max_new_tokens, "document, question and answer")
         options = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate_options}
         start = time.perf_counter()
         output = self.model.generate(
             ids, attention_mask=torch.ones_like(ids), **{CACHE_ARGUMENT: self.cache.fork()}, **options
         )
         seconds = time.perf_counter() - start
-        new = output[0, ids.shape[1] :]
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        new = sequences[0, ids.shape[1] :]
         text = self.tokenizer.decode(new, skip_special_tokens=True).strip()
         return Answer(text, int(question_ids.shape[1]), len(new), seconds)
 
@@ -113,20 +113,22 @@ def compress(
     Raises InvalidInputError for an empty document or one past the model's maximum length, and what `enable` and
     `EvictingCache` raise; each before the document is read.
     """
-    enable(model)
     cache = EvictingCache(model, policy, budget, **options)
-    prefix, suffix, add_special_tokens = split_template(tokenizer, document, template)
     if not document.strip():
         raise InvalidInputError("the document is empty")
-    ids = tokenizer(prefix, add_special_tokens=add_special_tokens, return_tensors="pt")["input_ids"].to(model.device)
-    check_length(model, ids.shape[1] + 1, "the document")
+    prefix, suffix, add_special_tokens = _split_template(tokenizer, document, template)
+    ids = _encode(model, tokenizer, prefix, special=add_special_tokens, what="document")
+    _check_length(model, ids.shape[1] + 1, "the document")
+    enable(model)
     start = time.perf_counter()
     model(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE_ARGUMENT: cache})
     return Context(model, tokenizer, cache, ids, suffix, time.perf_counter() - start)
 
 
-def split_template(tokenizer: PreTrainedTokenizerBase, document: str, template: Template) -> tuple[str, str, bool]:
+def _split_template(tokenizer: PreTrainedTokenizerBase, document: str, template: Template) -> tuple[str, str, bool]:
     """The text up to the question, the text after the question, and whether special tokens must be added."""
+    if template not in get_args(Template):
+        raise InvalidInputError(f"unknown template {template!r}: use {', '.join(get_args(Template))}")
     if template == "plain" or (template == "auto" and not tokenizer.chat_template):
         return document, "", True
     if not tokenizer.chat_template:
@@ -140,8 +142,17 @@ def split_template(tokenizer: PreTrainedTokenizerBase, document: str, template: 
     return before, after, False
 
 
-def check_length(model: PreTrainedModel, num_tokens: int, what: str) -> None:
+def _encode(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool, what: str
+) -> Int[Tensor, "1 t"]:
+    ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
+    if not ids:
+        raise InvalidInputError(f"the {what} has no tokens: the tokenizer makes nothing of {text[:40]!r}")
+    return torch.tensor([ids], device=model.device)
+
+
+def _check_length(model: PreTrainedModel, num_tokens: int, what: str) -> None:
     """Raises InvalidInputError where `num_tokens` are more than the model has positions for."""
-    maximum = getattr(text_config(model), "max_position_embeddings", None)
+    maximum = max_positions(model)
     if maximum is not None and num_tokens > maximum:
         raise InvalidInputError(f"{what}: {num_tokens} tokens, but the model has {maximum} positions; shorten the text")

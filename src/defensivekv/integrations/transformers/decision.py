@@ -1,24 +1,28 @@
 """What is decided of one prompt: its scores, layer by layer, and what stays."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
 
-from defensivekv.errors import DefensiveKVWarning, InvalidInputError
+from defensivekv.errors import CacheError, DefensiveKVWarning, InvalidInputError
 from defensivekv.integrations.transformers.model import output_projection
 from defensivekv.policies import Observation, Policy
 from defensivekv.policies.policy import bytes_per_token
 from defensivekv.types import Kept, Keys, LayerScores, Values
+
+_PAD_RUN = 4
+_MAX_DRAFTS = 512
 
 
 @dataclass
 class Pending:
     """A prompt that was read and is not decided yet.
 
-    queries: (b, q, t, d) of the whole prompt. valid: (b, t), False at pads; None: no pads.
+    queries: (b, q, x, d) of its last tokens, all that the window can need. valid: (b, t), False at pads; None: no
+    pads.
     """
 
     module: nn.Module
@@ -28,12 +32,21 @@ class Pending:
     softcap: float | None
     sinks: Tensor | None
 
+    def for_drafts(self, window_size: int) -> "Pending":
+        """The same, to wait for its drafts: without the queries that no window will need, which may be large."""
+        needed = window_size + _MAX_DRAFTS
+        if self.queries.shape[2] <= needed or not (self.valid is None or bool(self.valid[:, -needed:].all())):
+            return self
+        return replace(self, queries=self.queries[:, :, -needed:].clone())
+
     def without_last(self, count: int) -> "Pending":
         """The same without the last `count` tokens, which turned out to be wrong drafts."""
         if count == 0:
             return self
+        if count > _MAX_DRAFTS:
+            raise CacheError(f"{count} drafts cannot be taken back: at most {_MAX_DRAFTS} may follow the prompt")
         valid = None if self.valid is None else self.valid[:, :-count]
-        return Pending(self.module, self.queries[:, :, :-count], valid, self.scaling, self.softcap, self.sinks)
+        return replace(self, queries=self.queries[:, :, :-count], valid=valid)
 
     def observation(self, keys: Keys, values: Values, policy: Policy) -> Observation:
         """What the policy is shown of the layer."""
@@ -131,14 +144,20 @@ def _window_queries(queries: Tensor, valid: Tensor | None, window_size: int) -> 
 def _check_pads(observation: Observation) -> None:
     """Raises where some rows of an unmasked batch begin with one token repeated: pads that nobody named.
 
-    Causal attention over equal tokens gives equal outputs, so that equal tokens at the start show as equal values.
+    A cache is not told the tokens. Causal attention over equal tokens gives equal outputs, so that equal tokens at
+    the start show as equal values. Padding leaves its longest row as it is and fills the others with one token; text
+    that begins with the same token `_PAD_RUN` times in some rows only is rare, and does so with a token of its own.
     """
     b, t = observation.keys.shape[0], observation.num_tokens
-    if observation.valid is not None or b == 1 or t < 2:
+    if observation.valid is not None or b == 1 or t < _PAD_RUN:
         return
-    first, second = observation.values[:, :, 0].float(), observation.values[:, :, 1].float()
-    repeated = torch.isclose(first, second, rtol=1e-4, atol=1e-6).flatten(1).all(-1)
-    if bool(repeated.any()) and not bool(repeated.all()):
+    start = observation.values[:, :, :_PAD_RUN].float()
+    first = start[:, :, :1]
+    repeated = torch.isclose(start, first, rtol=1e-4, atol=1e-6).flatten(1).all(-1)
+    if not bool(repeated.any()) or bool(repeated.all()):
+        return
+    fillers = first[repeated]
+    if bool(torch.isclose(fillers, fillers[:1], rtol=1e-4, atol=1e-6).all()):
         rows = ", ".join(str(row) for row in repeated.nonzero().flatten().tolist())
         raise InvalidInputError(
             f"rows {rows} of the batch begin with one token repeated, which looks like padding, and no attention mask "

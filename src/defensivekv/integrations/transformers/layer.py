@@ -82,21 +82,23 @@ class EvictedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Keys, Values]:
-        """Appends keys and values (b, h, x, d); gives the tail's, tagged for the attention function."""
+        """Appends keys and values (b, h, x, d); gives the tail's, both tagged for the attention function."""
         self.owner.check_update(self, key_states, value_states)
         self.is_initialized = True
         # Detached: a prefix that hangs on a graph would keep the evicted entries alive through it.
         keys, values = self.store.append(key_states.detach(), value_states.detach())
         handoff = LayerHandoff(self, self.store.view)
         self.owner.outstanding = handoff
-        return tag(keys, handoff), values
+        return tag(keys, handoff), tag(values, handoff)
 
     def observe(self, pending: Pending) -> None:
         """Takes the prompt's queries; decides now, or in `crop` while past states are recorded."""
         self.awaits_prompt = False
+        if self.record_past:
+            self.pending = pending.for_drafts(self.owner.policy.window_size)
+            return
         self.pending = pending
-        if not self.record_past:
-            self.owner.decide(self)
+        self.owner.decide(self)
 
     def get_seq_length(self) -> int:
         """Tokens seen, evicted ones and pads counted."""
@@ -118,9 +120,10 @@ class EvictedLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last `-tokens_to_remove` tokens, then decides on a prompt that was waiting for this."""
         count = abs(tokens_to_remove)
+        pending = None if self.pending is None else self.pending.without_last(count)
         self.store.crop(count)
-        if self.pending is not None:
-            self.pending = self.pending.without_last(count)
+        if pending is not None:
+            self.pending = pending
             self.owner.decide(self)
 
     def reset(self) -> None:

@@ -14,7 +14,10 @@ from defensivekv.integrations.transformers.attention import attention_forward, a
 ATTENTION_NAME = "defensivekv"
 
 _OUTPUT_PROJECTIONS = ("o_proj", "dense", "out_proj", "c_proj")
-_previous: "weakref.WeakKeyDictionary[PreTrainedModel, str]" = weakref.WeakKeyDictionary()
+_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_previous: "weakref.WeakKeyDictionary[PreTrainedModel, list[tuple[PreTrainedConfig, str | None]]]" = (
+    weakref.WeakKeyDictionary()
+)
 
 
 @dataclass(frozen=True)
@@ -36,14 +39,19 @@ def text_config(model: PreTrainedModel) -> PreTrainedConfig:
 
 
 def plan_layers(model: PreTrainedModel) -> list[LayerPlan]:
-    """Which layers are evicted: full attention with keys and values of its own, except latent attention."""
+    """Which layers are evicted: full attention with keys and values of its own, except latent attention.
+
+    Layers that keep nothing, because they read the keys of an earlier layer or are no attention, are "dummy".
+    """
     config = text_config(model)
     is_latent = getattr(config, "kv_lora_rank", None) is not None
-    kinds, options = get_layer_types_and_kwargs(config)
-    return [
-        LayerPlan("latent_attention" if is_latent else kind, kind == "full_attention" and not is_latent, option)
-        for kind, option in zip(kinds, options, strict=True)
-    ]
+    plans = []
+    for kind, options in zip(*get_layer_types_and_kwargs(config), strict=True):
+        if is_latent and kind == "full_attention":
+            plans.append(LayerPlan("latent_attention", False, options))
+        else:
+            plans.append(LayerPlan(kind, kind == "full_attention", options))
+    return plans
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
@@ -66,25 +74,55 @@ def enable(model: PreTrainedModel) -> None:
     """Switches the model's attention to one that can read an `EvictingCache`.
 
     Without such a cache the model computes what it did before. `disable` undoes it. Registers one attention
-    function and one mask function through transformers' public interfaces; nothing is patched.
+    function and one mask function through transformers' public interfaces; nothing is patched. Where the model
+    is enabled already, nothing happens.
 
-    Raises UnsupportedModelError, naming the model and the reason.
+    Raises UnsupportedModelError, naming the model and the reason; the model is then as it was.
     """
     check_supported(model)
     if is_enabled(model):
         return
     AttentionInterface.register(ATTENTION_NAME, attention_forward)
     AttentionMaskInterface.register(ATTENTION_NAME, attention_mask)
-    _previous[model] = text_config(model)._attn_implementation
+    _previous[model] = [(config, config._attn_implementation) for config in _configs(model)]
     model.set_attn_implementation(ATTENTION_NAME)
     if not is_enabled(model):
+        _restore(model)
         raise UnsupportedModelError(f"{_name(model)} did not take the attention implementation {ATTENTION_NAME!r}")
 
 
 def disable(model: PreTrainedModel) -> None:
-    """Gives the model its own attention back. Caches made for it refuse to go on until it is enabled again."""
+    """Gives the model, and each model inside it, its own attention back; nothing happens where it is not enabled.
+
+    Caches made for the model refuse to go on until it is enabled again.
+    """
     if is_enabled(model):
-        model.set_attn_implementation(_previous.pop(model, "sdpa"))
+        _restore(model)
+
+
+def _restore(model: PreTrainedModel) -> None:
+    """Through the configurations: `set_attn_implementation` cannot name each of several nested ones in all releases."""
+    # A copy of an enabled model was never enabled itself.
+    for config, implementation in _previous.pop(model, [(model.config, "sdpa")]):
+        config._attn_implementation = implementation
+
+
+def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The configurations of the model and of all models inside it, outer ones first, as setting one sets its parts."""
+    found: dict[int, PreTrainedConfig] = {}
+
+    def visit(config: PreTrainedConfig) -> None:
+        if id(config) not in found:
+            found[id(config)] = config
+            for name in config.sub_configs:
+                part = getattr(config, name, None)
+                if part is not None:
+                    visit(part)
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            visit(module.config)
+    return list(found.values())
 
 
 def is_enabled(model: PreTrainedModel) -> bool:
@@ -101,13 +139,22 @@ def check_supported(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(f"{name} is an encoder-decoder model: only decoder-only models can be evicted from")
     if not model._can_set_attn_implementation():
         raise UnsupportedModelError(
-            f"{name} computes its attention itself and cannot be switched to another implementation "
-            "(falcon, bloom, gptj and mpt are such): use a model built on transformers' AttentionInterface"
+            f"{name} computes its attention itself and cannot be switched to another implementation: "
+            "use a model that transformers builds on its AttentionInterface"
         )
     plans = plan_layers(model)
     if not any(plan.evicted for plan in plans):
         kinds = ", ".join(sorted({plan.kind for plan in plans}))
-        raise UnsupportedModelError(f"{name} has no full-attention layer to evict from: its layers are {kinds}")
+        raise UnsupportedModelError(
+            f"{name} has no full-attention layer to evict from: its layers are {kinds}, whose stock cache is small "
+            "already; use it as it is"
+        )
+    devices = set((getattr(model, "hf_device_map", None) or {}).values())
+    if len(devices) > 1 and any(plan.kind == "dummy" for plan in plans):
+        raise UnsupportedModelError(
+            f"{name} has layers that read the keys of other layers and is split over {len(devices)} devices, on whose "
+            "way the cache loses sight of the keys: load it onto one device"
+        )
     if any(type(parameter.data).__name__ == "DTensor" for parameter in model.parameters()):
         raise UnsupportedModelError(
             f"{name} is split over devices by tensor parallelism, which is not supported yet: load it without tp_plan"
@@ -130,7 +177,9 @@ def output_projection(module: nn.Module, num_columns: int) -> Tensor:
                 f"{type(module).__name__}.{name} is offloaded, so its weight cannot be read: "
                 f"load the model onto one device, or {advice}"
             )
-        if not torch.is_floating_point(weight) or weight.dim() != 2 or num_columns not in weight.shape:
+        # Quantised weights are integers, or floats of 8 bits beside scales, or a kind of tensor of their own.
+        is_plain = type(weight.detach()) is Tensor and weight.dtype in _WEIGHT_DTYPES
+        if not is_plain or weight.dim() != 2 or num_columns not in weight.shape:
             raise UnsupportedModelError(
                 f"{type(module).__name__}.{name} holds its weight as {weight.dtype} {tuple(weight.shape)}, not as "
                 f"(hidden, {num_columns}) floats (quantised?): {advice}"

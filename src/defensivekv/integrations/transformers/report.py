@@ -4,6 +4,15 @@ from dataclasses import dataclass
 
 from defensivekv.budget import format_bytes
 
+_REASONS = {
+    "sliding_attention": "reads a window only",
+    "chunked_attention": "reads a chunk only",
+    "linear_attention": "holds a state of fixed size",
+    "conv": "holds a state of fixed size",
+    "latent_attention": "holds one latent vector per token for all heads",
+    "dummy": "holds nothing",
+}
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -19,6 +28,13 @@ class LayerReport:
     evicted: bool
     lengths: tuple[tuple[int, ...], ...]
     nbytes: int
+
+    @property
+    def reason(self) -> str:
+        """Why nothing is evicted from this layer; empty where something is."""
+        if self.can_evict:
+            return "" if self.evicted else "no prompt has been read yet"
+        return f"{_REASONS.get(self.kind, 'not full attention')}: transformers' own cache keeps it"
 
 
 @dataclass(frozen=True)
@@ -69,12 +85,10 @@ class CacheReport:
         if whole:
             lines.append(f"{whole} of {len(self.kept_whole)} prompts kept whole")
         for layer in self.layers:
-            if not layer.can_evict:
-                state = "kept by transformers' own cache"
-            elif layer.evicted:
+            if layer.evicted:
                 heads = [length for row in layer.lengths for length in row]
                 state = f"evicted, {min(heads)} to {max(heads)} entries per head"
             else:
-                state = "not evicted yet"
+                state = f"not evicted: {layer.reason}"
             lines.append(f"layer {layer.index:3d}  {layer.kind:20s} {state}")
         return "\n".join(lines)
