@@ -7,12 +7,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from defensivekv.attention import flash_cpu, matmul
-from defensivekv.attention.partial import Partial, merge, pack, unpack
+from defensivekv.attention.partial import merge, pack, unpack
+from defensivekv.attention.prefix import prefix_partial
 from defensivekv.cache import PrefixView
 from defensivekv.errors import InvalidInputError
 from defensivekv.types import Keys, Values
 
 Backend = Literal["auto", "flash-cpu", "matmul"]
+
+_MATMUL_QUERIES = 4
+"""Packed queries up to which matrix products beat the flash kernel on float32 entries."""
 
 
 def causal_mask(num_queries: int, num_tokens: int, device: torch.device) -> Bool[Tensor, "1 1 x t"]:
@@ -40,7 +44,8 @@ def attend(
     tail_keys, tail_values: (b, h, t, d or v), the last `x` tokens being the queries' own.
     visible: (b or 1, 1 or q, x, t) what may be read of the tail; None: causal.
     scaling: factor on the logits. softcap, sinks: as in `Observation`.
-    backend: "flash-cpu" (CPU, no softcap), "matmul" (anywhere) or "auto", the first that can.
+    backend: "flash-cpu" (CPU, no softcap), "matmul" (anywhere) or "auto", the fastest that can: on a CPU
+        "flash-cpu", except that few float32 queries read the prefix by "matmul".
 
     Raises InvalidInputError where the backend cannot serve the tensors.
     """
@@ -51,18 +56,19 @@ def attend(
     can_flash = flash_cpu.supports(queries, tail_values, softcap)
     if backend == "flash-cpu" and not can_flash:
         raise InvalidInputError("backend 'flash-cpu' needs CPU tensors, equal key and value heads and no softcap")
-    parts: list[Partial] = []
-    if can_flash and backend != "matmul":
-        parts.append(flash_cpu.tail_partial(packed, tail_keys, tail_values, scaling, _additive(visible, x, packed, t)))
-        if view is not None:
-            parts.append(flash_cpu.prefix_partial(packed, view, scaling))
+    flash = can_flash and backend != "matmul"
+    if flash:
+        mask = _additive(visible, x, packed, t)
+        parts = [flash_cpu.tail_partial(packed, tail_keys, tail_values, scaling, mask)]
     else:
         mask = causal_mask(x, t, queries.device) if visible is None else visible
-        grouped = packed.unflatten(2, (-1, x))
-        parts.append(matmul.tail_partial(grouped, tail_keys, tail_values, scaling, softcap, mask))
-        if view is not None:
-            parts.append(matmul.prefix_partial(packed, view, scaling, softcap))
-    return unpack(merge(parts, group_sinks), x)
+        parts = [matmul.tail_partial(packed.unflatten(2, (-1, x)), tail_keys, tail_values, scaling, softcap, mask)]
+    if view is not None:
+        few = backend == "auto" and queries.dtype == torch.float32 and packed.shape[2] <= _MATMUL_QUERIES
+        by_flash = flash and not few
+        kernel = flash_cpu.prefix_kernel(scaling) if by_flash else matmul.prefix_kernel(scaling, softcap)
+        parts.append(prefix_partial(packed, view, kernel))
+    return unpack(merge(parts, group_sinks), x).to(queries.dtype)
 
 
 def _additive(

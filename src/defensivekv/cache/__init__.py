@@ -1,7 +1,8 @@
 """Where entries are kept: an immutable ragged prefix and a growing tail. Knows no policy and no model."""
 
+from defensivekv.cache.blocks import Blocks
 from defensivekv.cache.layer import PrefixView, RaggedLayer
 from defensivekv.cache.prefix import RaggedPrefix
 from defensivekv.cache.tail import Tail
 
-__all__ = ["PrefixView", "RaggedLayer", "RaggedPrefix", "Tail"]
+__all__ = ["Blocks", "PrefixView", "RaggedLayer", "RaggedPrefix", "Tail"]

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from defensivekv.cache.blocks import Blocks
 from defensivekv.types import Kept, Keys, Positions, Values
 
 
@@ -51,10 +52,9 @@ class RaggedPrefix:
         return tuple(starts)
 
     @cached_property
-    def uniform_length(self) -> int | None:
-        """The length that all heads of all rows have, if they do."""
-        lengths = {length for row in self.lengths for length in row}
-        return lengths.pop() if len(lengths) == 1 else None
+    def blocks(self) -> Blocks:
+        """How a batched kernel reads the entries."""
+        return Blocks.of([length for row in self.lengths for length in row], self.keys.device)
 
     def segment(self, row: int, head: int) -> slice:
         """Where the entries of one head lie."""

@@ -1,0 +1,66 @@
+"""The settings of a run: the ones that the targets were set for, and small ones that only show that it runs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes and repetitions.
+
+    tokens: stored by the dense caches. prompt: tokens of the prefill. logical_lengths: tokens seen, while the
+    stored entries stay those of `budget` of the shortest. short, long: repetitions of calls that take
+    milliseconds, and of those that take seconds. model: changes to the model's configuration.
+    has_targets: whether the figures can be held against the targets.
+    """
+
+    tokens: int = 32768
+    budget: float = 0.2
+    heads: int = 8
+    groups: int = 4
+    head_size: int = 128
+    attention_dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    model_dtype: str = "bfloat16"
+    prompt: int = 4096
+    logical_lengths: tuple[int, ...] = (8192, 32768, 131072 - 64)
+    copy_bytes: int = 2**29
+    short: int = 30
+    medium: int = 9
+    long: int = 3
+    model: tuple[tuple[str, Any], ...] = ()
+    has_targets: bool = True
+
+
+FULL = Settings()
+
+QUICK = Settings(
+    tokens=512,
+    head_size=16,
+    model_dtype="float32",
+    prompt=256,
+    logical_lengths=(256, 1024, 2048),
+    copy_bytes=2**20,
+    short=3,
+    medium=2,
+    long=1,
+    model=(
+        ("hidden_size", 64),
+        ("intermediate_size", 128),
+        ("num_hidden_layers", 2),
+        ("num_attention_heads", 4),
+        ("num_key_value_heads", 2),
+        ("head_dim", 16),
+        ("vocab_size", 256),
+        ("max_position_embeddings", 4096),
+    ),
+    has_targets=False,
+)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype of that name, such as "bfloat16"."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
