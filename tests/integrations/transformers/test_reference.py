@@ -27,7 +27,8 @@ def _model(case: dict[str, Any]) -> PreTrainedModel:
 
 
 def _expected(case: dict[str, Any]) -> dict[str, Tensor]:
-    return load_file(FOLDER / case["file"])
+    expected: dict[str, Tensor] = load_file(FOLDER / case["file"])
+    return expected
 
 
 def _compress(model: PreTrainedModel, case: dict[str, Any], context_ids: Tensor) -> dkv.EvictingCache:
