@@ -7,13 +7,13 @@ prefix  ████████░░░ rows share it by index      tail  [b, 
 from dataclasses import dataclass
 from functools import cached_property
 
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from defensivekv.cache.prefix import RaggedPrefix
 from defensivekv.cache.tail import Tail
 from defensivekv.errors import CacheError
-from defensivekv.types import Kept, Keys, Values
+from defensivekv.types import Kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +59,10 @@ class RaggedLayer:
         prefix = 0 if self.view is None else self.view.prefix.nbytes
         return prefix + (0 if self.tail is None else self.tail.nbytes)
 
-    def append(self, keys: Keys, values: Values) -> tuple[Keys, Values]:
-        """Adds tokens (b, h, x, d); gives the whole tail, as views."""
+    def append(
+        self, keys: Float[Tensor, "b h x d"], values: Float[Tensor, "b h x v"]
+    ) -> tuple[Float[Tensor, "b h t d"], Float[Tensor, "b h t v"]]:
+        """Adds `x` tokens; gives the whole tail of `t`, as views."""
         if self.tail is None:
             self.tail = Tail.of(keys, values)
         else:
