@@ -59,5 +59,10 @@ def _smooth(values: HeadScores | Importance, kernel_size: int) -> HeadScores | I
     """Mean filter along the last dimension; a new tensor."""
     if kernel_size == 1 or values.shape[-1] == 0:
         return values.clone()
-    flat = values.reshape(1, -1, values.shape[-1])
-    return F.avg_pool1d(flat, kernel_size, stride=1, padding=kernel_size // 2).view(values.shape)
+    # Shifted sums: every one of them is a vectorised pass, which avg_pool1d is not on a CPU.
+    n = values.shape[-1]
+    padded = F.pad(values, (kernel_size // 2, kernel_size // 2))
+    total = padded[..., :n].clone()
+    for shift in range(1, kernel_size):
+        total += padded[..., shift : shift + n]
+    return total.div_(kernel_size)

@@ -20,7 +20,10 @@ from defensivekv.types import Kept, LayerScores
 SHORT_PROMPT_WINDOWS = 8
 """A prompt shorter than this many windows is kept whole where its budget is below the window."""
 
-_HEAD_CHUNK_ELEMENTS = 2**22
+_HEAD_CHUNK_ELEMENTS = 2**19
+"""Importances at a time on a CPU, where they should stay in the cache between the passes over them."""
+
+_HEAD_CHUNK_ELEMENTS_GPU = 2**26
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,8 @@ class Policy:
     def _aggregate(self, row: Observation) -> tuple[Float[Tensor, "h n"], Float[Tensor, "h n"]]:
         """Scores and mean importances, some heads at a time, so that few importances are held at once."""
         per_head = row.num_groups * self.window_size * row.num_tokens
-        step = max(1, _HEAD_CHUNK_ELEMENTS // per_head)
+        is_cpu = row.keys.device.type == "cpu"
+        step = max(1, (_HEAD_CHUNK_ELEMENTS if is_cpu else _HEAD_CHUNK_ELEMENTS_GPU) // per_head)
         scores, means = [], []
         for start in range(0, row.num_heads, step):
             importance = self.scorer(row.heads(start, min(start + step, row.num_heads)), self.window_size)
