@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from defensivekv.needleworld import demo_model
 from defensivekv.needleworld.vocabulary import BOS, END, PAD, TOKEN_IDS, UNKNOWN
-from training.model import Llama, ModelConfig
+from training.model import ModelConfig
 
 
 def export_model(weights: dict[str, torch.Tensor], config: ModelConfig, folder: Path) -> None:
@@ -42,7 +42,8 @@ def export_model(weights: dict[str, torch.Tensor], config: ModelConfig, folder: 
         )
     )
     missing, unexpected = model.load_state_dict(weights, strict=False)
-    assert missing == ["lm_head.weight"] and not unexpected, (missing, unexpected)
+    if missing != ["lm_head.weight"] or unexpected:
+        raise ValueError(f"the run is of another model: missing {missing}, unexpected {unexpected}")
     model.tie_weights()
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)

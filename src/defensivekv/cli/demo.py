@@ -43,7 +43,7 @@ def demo(
     _print_order(cells, console)
     output.mkdir(parents=True, exist_ok=True)
     _write(cells, output, documents=documents, tokens=tokens, seed=seed)
-    console.print(f"picture    {output / 'score_vs_budget.png'}\nfigures    {output / 'demo.json'}", highlight=False)
+    console.print(f"picture {output / 'score_vs_budget.png'}\nfigures {output / 'demo.json'}", highlight=False)
 
 
 def _show_one_document(
@@ -100,29 +100,30 @@ def _print_table(cells: list["Cell"], documents: int, tokens: int, console: Cons
     from defensivekv.needleworld import TASKS
 
     full = cells[0]
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("policy")
-    for title in ("budget", "answers found", "95 % interval", "KV held", "of full", "time per token", "of full"):
-        table.add_column(title, justify="right")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("policy", no_wrap=True)
+    for title in ("budget", "found", "95 % int.", "KV held", "of full", "a token", "of full"):
+        table.add_column(title, justify="right", no_wrap=True)
     for cell in cells:
         score = cell.accuracy
         table.add_row(
             cell.policy,
             f"{cell.budget:.0%}",
             f"{score.mean:.1%}",
-            f"{score.low:.1%} to {score.high:.1%}",
+            f"{100 * score.low:.0f} to {100 * score.high:.0f}",
             format_bytes(round(cell.cache_bytes)),
             f"{cell.cache_bytes / full.cache_bytes:.1%}",
             f"{1e3 * cell.token_seconds:.2f} ms",
-            f"{cell.token_seconds / full.token_seconds:.2f}",
+            f"x {cell.token_seconds / full.token_seconds:.2f}",
             end_section=cell.budget in (1.0, BUDGETS[-1]),
         )
     console.print(table)
-    console.print(
-        f"{documents} documents of {tokens} tokens for each of {', '.join(TASKS)}; compressed before any question is\n"
-        "seen; greedy. KV held is per document, positions included. The model is tiny: its time per token is that of\n"
-        "Python, not of memory; benchmarks/ measures speed at real sizes.\n",
-        highlight=False,
+    _print_text(
+        console,
+        f"{documents} documents of {tokens} tokens for each of {', '.join(TASKS)}; compressed before any question is "
+        "seen; greedy. Found: the share of the values asked for that stand in the answer. KV held: for one document, "
+        "positions counted. A token: the median decoding step. The model is tiny, so a step's time is that of Python "
+        "and not of memory; `make bench` measures speed at real sizes.\n",
     )
 
 
@@ -135,13 +136,21 @@ def _print_order(cells: list["Cell"], console: Console) -> None:
         for worse, better, by in order_disagreements(at_budget):
             found = True
             clear = "clearly" if by.low > 0 else "within the noise"
-            console.print(
-                f"order      at {budget:.0%}, {worse} is above {better} by {100 * by.mean:.1f} points "
+            _print_text(
+                console,
+                f"order   at {budget:.0%}, {worse} is above {better} by {100 * by.mean:.1f} points "
                 f"({100 * by.low:.1f} to {100 * by.high:.1f}: {clear}); in the paper it is below",
-                highlight=False,
             )
     if not found:
-        console.print("order      of the methods: as in the paper at every budget", highlight=False)
+        console.print("order   of the methods: as in the paper at every budget", highlight=False)
+
+
+def _print_text(console: Console, text: str) -> None:
+    """Prints prose, broken between words; lines after the first are indented as the first word is set off."""
+    indent = " " * 8 if text.startswith("order") else ""
+    console.print(textwrap.fill(text.rstrip("\n"), min(console.width, 110), subsequent_indent=indent), highlight=False)
+    if text.endswith("\n"):
+        console.print()
 
 
 def _write(cells: list["Cell"], output: Path, *, documents: int, tokens: int, seed: int) -> None:

@@ -16,13 +16,14 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model of that name or folder, and its tokenizer; the packaged model where none is named.
 
-    Raises InvalidInputError for an unknown dtype, and for a model that cannot be loaded.
+    dtype, device: as in `defensivekv ask --help`. Raises InvalidInputError for an unknown dtype, a device that is not
+    there, and a model that cannot be loaded.
     """
     if dtype not in _DTYPES:
         raise InvalidInputError(f"unknown dtype {dtype!r}: use {', '.join(_DTYPES)}")
     logging.disable_progress_bar()
     source = name or demo_model()
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    place = find_device(device)
     with console.status(f"loading {name or 'the packaged model'}"):
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -31,4 +32,16 @@ def load_model(
             )
         except (OSError, ValueError) as error:
             raise InvalidInputError(f"cannot load {source!r}: {error}") from error
-    return model.to(device).eval(), tokenizer
+    return model.to(place).eval(), tokenizer
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; "auto" is the first GPU where there is one. Raises InvalidInputError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidInputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device

@@ -6,7 +6,7 @@ from rich.table import Table
 
 from defensivekv.policies import policies, policy, summary
 
-_LINE = 130
+_WIDEST = 400
 
 
 def list_policies() -> None:
@@ -18,5 +18,6 @@ def list_policies() -> None:
         one = policy(name, budget=1.0)
         split = "" if name == "full" else one.allocation.description
         table.add_row(name, summary(name), split, one.paper.rpartition("/")[2])
-    console = Console()
-    console.print(table, width=max(console.width, _LINE), crop=False, soft_wrap=True)
+    # One line for each policy even where the terminal is narrower: it wraps them, and a pipe should get them whole.
+    width = Console(width=_WIDEST).measure(table).maximum
+    Console(width=max(Console().width, width)).print(table)
