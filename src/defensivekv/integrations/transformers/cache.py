@@ -112,7 +112,7 @@ class EvictingCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last `-tokens_to_remove` tokens of every layer. Raises CacheError before touching any of them
-        where that reaches into what was evicted.
+        where that reaches into what was evicted, or where a stock layer has forgotten what it would need.
         """
         count = abs(tokens_to_remove)
         shortest = min(layer.store.tail_length for layer in self._evicted)
@@ -122,6 +122,11 @@ class EvictingCache(Cache):
             raise CacheError(
                 f"cannot crop {count} tokens: only the last {shortest} came after the eviction; "
                 "make a new cache, or fork this one before going on"
+            )
+        if any(_has_forgotten(layer) for layer in self.layers):
+            raise CacheError(
+                "cannot crop: sliding-window and linear layers have forgotten what came before; call "
+                "activate_past_recording() before the forward pass whose tokens may be taken back, or fork the cache"
             )
         super().crop(tokens_to_remove)
 
@@ -209,6 +214,17 @@ class EvictingCache(Cache):
 
 def _stock_kind(kind: str) -> str:
     return "full_attention" if kind == "latent_attention" else kind
+
+
+def _has_forgotten(layer: Any) -> bool:
+    """Whether a stock layer keeps no past to go back to."""
+    if isinstance(layer, EvictedLayer):
+        return False
+    if not layer.is_croppable:
+        return True
+    if getattr(layer, "record_past", True):
+        return False
+    return not getattr(layer, "is_sliding", False) or bool(layer.get_seq_length() >= layer.sliding_window)
 
 
 def _layer_bytes(layer: Any) -> int:
