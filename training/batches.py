@@ -21,7 +21,7 @@ _WIDEST = max(QUESTION_WIDTHS)
 
 NUM_CHAIN_QUESTIONS = 2
 CHAIN_SHARE = 0.5
-_CHAIN_WORDS = 18
+_CHAIN_WORDS = 13
 
 OTHER, COPIED, VALUE, LINK = range(4)
 """Kinds of tokens: text; a reply's words that the question holds; the value of a needle; a variable of a chain."""
@@ -45,8 +45,8 @@ class Batch:
 
 def document_batch(rng: Random, num_rows: int, num_tokens: int, max_keys: int) -> Batch:
     """Documents of `num_tokens` tokens with questions of every kind that fit."""
-    with_chains = num_tokens >= 96 and rng.random() < CHAIN_SHARE
-    with_several = num_tokens >= 128 and rng.random() < 0.5
+    with_chains = rng.random() < CHAIN_SHARE
+    with_several = (num_tokens >= 128 or not with_chains) and rng.random() < 0.5
     ids, kinds = [], []
     lengths: list[int] = []
     for _ in range(num_rows):
@@ -86,17 +86,17 @@ def recall_batch(rng: Random, num_rows: int, num_tokens: int = 72) -> Batch:
 
 
 def _reply_kinds(question: Question) -> list[int]:
-    """A needle's reply is `index key value`, a chain's `chain value into variable into variable into variable`."""
+    """A needle's reply is `index key value`, a chain's `chain value variable` and `copy variable variable` twice."""
     words = question.reply.split()
     if words[0] == "chain":
-        return [COPIED] * 3 + [LINK if word in question.answer else COPIED for word in words[3:]]
+        return [LINK if number in (3, 6, 9) else COPIED for number in range(len(words))]
     return [VALUE if word in NUMBERS else COPIED for word in words]
 
 
 def _document_row(
     rng: Random, num_tokens: int, max_keys: int, with_chains: bool, with_several: bool
 ) -> tuple[Document, list[Question]]:
-    chains = draw_chains(rng, rng.randint(1, 2 if num_tokens < 256 else 3)) if with_chains else []
+    chains = draw_chains(rng, rng.randint(1, 1 + min(2, num_tokens // 128))) if with_chains else []
     num_recalls = rng.randint(0, min(6, num_tokens // 100))
     room = num_tokens - 1 - 7 * num_recalls - _CHAIN_WORDS * len(chains)
     num_several = rng.randint(1, max(1, max_keys // 6)) if with_several else 0
@@ -114,10 +114,15 @@ def _document_row(
 
 
 def _recall_cells(rng: Random) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Keys and values of every kind that documents have: numbers by phrases, variables by numbers and by variables."""
     kind = rng.random()
-    if kind < 0.4:
+    if kind < 0.3:
         keys = rng.sample(NOUNS + VARIABLES, rng.randint(3, 10))
-        return [((key,), (rng.choice(NUMBERS),)) for key in keys]
+        values = VARIABLES if kind < 0.1 else NUMBERS
+        return [((key,), (rng.choice(values),)) for key in keys]
+    if kind < 0.5:
+        numbers = sorted({(rng.choice(NUMBERS[:10]), rng.choice(NUMBERS)) for _ in range(rng.randint(3, 7))})
+        return [(pair, (rng.choice(VARIABLES),)) for pair in numbers]
     nouns = rng.sample(NOUNS, rng.randint(2, 4))
     pairs = sorted({(rng.choice(ADJECTIVES), rng.choice(nouns)) for _ in range(rng.randint(3, 7))})
     if kind < 0.8:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from defensivekv.evaluation import evaluate_cell, make_suite
 from defensivekv.evaluation.statistics import mean_interval
 from defensivekv.needleworld import TASKS, demo_model
+from defensivekv.policies import policy
 
 SEED = 500
 """Apart from every seed that training draws from, and from the demo's."""
@@ -29,7 +30,7 @@ def main() -> None:
     record: dict[str, object] = {"documents_per_task": arguments.documents, "seed": SEED}
     for tokens in arguments.tokens:
         suite = make_suite(arguments.documents, num_tokens=tokens, seed=SEED)
-        cell = evaluate_cell(model, tokenizer, suite, "full", 1.0)
+        cell = evaluate_cell(model, tokenizer, suite, policy("full"))
         scores: dict[str, list[float]] = {task: [] for task in TASKS}
         for sample, value in zip(suite, cell.document_scores, strict=True):
             scores[sample.task].append(value)

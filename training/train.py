@@ -38,17 +38,17 @@ class Stage:
     max_keys: int
     num_rows: int
     max_steps: int
-    accuracy: float = 0.96
+    accuracy: float = 0.95
     min_steps: int = 60
 
 
 STAGES = (
-    Stage(64, 5, 20, 1500),
-    Stage(128, 10, 13, 900),
-    Stage(256, 16, 9, 600),
+    Stage(64, 5, 20, 900),
+    Stage(128, 10, 13, 600),
+    Stage(256, 16, 9, 500),
     Stage(512, 24, 6, 400),
     Stage(1024, 32, 3, 400),
-    Stage(2048, 40, 2, 700, accuracy=2.0),
+    Stage(2048, 40, 2, 800, accuracy=2.0),
 )
 DECAY_STEPS = 500
 """The learning rate falls linearly over the last steps of the last stage; the sink is trained in it."""

@@ -4,7 +4,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from defensivekv.cli import app
-from defensivekv.cli.demo import BUDGETS, POLICIES
+from defensivekv.cli.demo import AVERAGED, BUDGETS, POLICIES
 from defensivekv.needleworld import TASKS
 
 runner = CliRunner()
@@ -21,7 +21,7 @@ def test_the_demo_answers_ranks_the_methods_and_writes_what_it_measured(tmp_path
     record = json.loads((tmp_path / "demo.json").read_text())
     assert record["settings"]["tokens"] == 512
     cells = {(cell["policy"], cell["budget"]): cell for cell in record["cells"]}
-    assert len(cells) == 1 + len(POLICIES) * len(BUDGETS)
+    assert len(cells) == 1 + len((*POLICIES, AVERAGED)) * len(BUDGETS)
     full = cells["full", 1.0]
     assert len(full["document_scores"]) == len(TASKS)
     for (policy, budget), cell in cells.items():

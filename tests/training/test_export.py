@@ -1,3 +1,4 @@
+import itertools
 import random
 from pathlib import Path
 
@@ -32,10 +33,10 @@ def test_a_question_of_a_training_row_is_read_as_it_will_be_asked(tmp_path: Path
     export_model(trained.state_dict(), config, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     batch = document_batch(random.Random(1), 2, 96, 5)
-    starts = (batch.positions == batch.document).nonzero().flatten().tolist() + [batch.ids.shape[1]]
+    starts = [*(batch.positions == batch.document).nonzero().flatten().tolist(), batch.ids.shape[1]]
     with torch.no_grad():
         together, _ = trained(batch.ids, batch.positions, batch.document, batch.mask, None)
-        for start, stop in zip(starts, starts[1:], strict=False):
+        for start, stop in itertools.pairwise(starts):
             alone = torch.cat((batch.ids[:, : batch.document], batch.ids[:, start:stop]), 1)
             torch.testing.assert_close(
                 together[:, start:stop], model(alone).logits[:, batch.document :], atol=1e-4, rtol=1e-4

@@ -3,7 +3,7 @@
 import json
 import platform
 import textwrap
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from defensivekv.budget import format_bytes
+from defensivekv.policies import Policy
+from defensivekv.policies import policy as make_policy
+from defensivekv.policies.aggregation import Mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
     from defensivekv.evaluation import Cell
 
 POLICIES = ("random", "streaming-llm", "snapkv", "adakv", "criticalkv", "defensivekv", "layer-defensivekv")
+AVERAGED = "layer-averaged"
+"""Layer-DefensiveKV with the mean in place of the worst case, and nothing else changed."""
+
 BUDGETS = (0.1, 0.2, 0.4, 0.6)
 SHOWN_BUDGET = 0.2
 
@@ -59,15 +65,17 @@ def _show_one_document(
         f"{excerpt}\n[dim]({tokens} tokens; the questions come after it has been compressed)[/]\n", highlight=False
     )
     full = compress(model, tokenizer, sample.document, "full")
-    small = compress(model, tokenizer, sample.document, "layer-defensivekv", SHOWN_BUDGET)
+    worst = compress(model, tokenizer, sample.document, policy_named("layer-defensivekv", SHOWN_BUDGET))
+    mean = compress(model, tokenizer, sample.document, policy_named(AVERAGED, SHOWN_BUDGET))
+    names = ("all of the cache", f"{SHOWN_BUDGET:.0%}, worst case", f"{SHOWN_BUDGET:.0%}, averaged")
     for question in sample.questions:
         console.print(f"[bold]{escape(question.text)}[/]", highlight=False)
-        for name, context in (("full", full), (f"{SHOWN_BUDGET:.0%}", small)):
+        for name, context in zip(names, (full, worst, mean), strict=True):
             reply = context.ask(question.text, max_new_tokens=MAX_NEW_TOKENS)
             share = score(reply, question.answer)
             mark = f"[green]{share:.0%}[/]" if share == 1 else f"[red]{share:.0%}[/]"
             held = format_bytes(context.report().nbytes)
-            console.print(f"  {name:>4} ({held:>9}) {mark} right: {escape(reply)}", highlight=False)
+            console.print(f"  {name:16}  {held:>9}  {mark} found  {escape(reply)}", highlight=False)
     console.print()
 
 
@@ -82,18 +90,25 @@ def _run_grid(
     from defensivekv.evaluation import evaluate_cell, make_suite
 
     suite = make_suite(documents, num_tokens=tokens, seed=seed)
-    grid = [("full", 1.0), *((name, budget) for name in POLICIES for budget in BUDGETS)]
+    grid = [make_policy("full"), *(policy_named(name, budget) for name in (*POLICIES, AVERAGED) for budget in BUDGETS)]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     cells = []
     console.rule("methods and budgets")
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=len(grid) * len(suite))
-        for name, budget in grid:
-            progress.update(task, description=f"{name} at {budget:.0%}")
+        for policy in grid:
+            progress.update(task, description=f"{policy.name} at {float(policy.budget.amount):.0%}")
             cells.append(
-                evaluate_cell(model, tokenizer, suite, name, budget, advance=lambda done: progress.advance(task, done))
+                evaluate_cell(model, tokenizer, suite, policy, advance=lambda done: progress.advance(task, done))
             )
     return cells
+
+
+def policy_named(name: str, budget: float) -> Policy:
+    """The policy of that name, or the averaged twin of Layer-DefensiveKV."""
+    if name != AVERAGED:
+        return make_policy(name, budget)
+    return replace(make_policy("layer-defensivekv", budget), name=AVERAGED, aggregation=Mean())
 
 
 def _print_table(cells: list["Cell"], documents: int, tokens: int, console: Console) -> None:
@@ -123,8 +138,9 @@ def _print_table(cells: list["Cell"], documents: int, tokens: int, console: Cons
         f"{documents} documents of {tokens} tokens for each of {', '.join(TASKS)}; compressed before any question is "
         "seen; greedy. Found: the share of the values asked for that stand in the answer. KV held: for one document, "
         "positions counted. A token: the median decoding step. The model is tiny, so a step's time is that of Python "
-        "and not of memory; `make bench` measures speed at real sizes.\n",
+        "and not of memory; `make bench` measures speed at real sizes.",
     )
+    console.print()
 
 
 def _print_order(cells: list["Cell"], console: Console) -> None:
@@ -140,17 +156,15 @@ def _print_order(cells: list["Cell"], console: Console) -> None:
                 console,
                 f"order   at {budget:.0%}, {worse} is above {better} by {100 * by.mean:.1f} points "
                 f"({100 * by.low:.1f} to {100 * by.high:.1f}: {clear}); in the paper it is below",
+                indent=" " * 8,
             )
     if not found:
         console.print("order   of the methods: as in the paper at every budget", highlight=False)
 
 
-def _print_text(console: Console, text: str) -> None:
-    """Prints prose, broken between words; lines after the first are indented as the first word is set off."""
-    indent = " " * 8 if text.startswith("order") else ""
-    console.print(textwrap.fill(text.rstrip("\n"), min(console.width, 110), subsequent_indent=indent), highlight=False)
-    if text.endswith("\n"):
-        console.print()
+def _print_text(console: Console, text: str, indent: str = "") -> None:
+    """Prints prose, broken between words; `indent` stands before every line but the first."""
+    console.print(textwrap.fill(text, min(console.width, 110), subsequent_indent=indent), highlight=False)
 
 
 def _write(cells: list["Cell"], output: Path, *, documents: int, tokens: int, seed: int) -> None:

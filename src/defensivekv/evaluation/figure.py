@@ -9,6 +9,7 @@ from defensivekv.evaluation.needles import Cell
 
 _STYLES = {
     "layer-defensivekv": ("#b2182b", "o"),
+    "layer-averaged": ("#8c6bb1", "*"),
     "defensivekv": ("#ef8a62", "s"),
     "criticalkv": ("#2166ac", "^"),
     "adakv": ("#4393c3", "v"),
@@ -26,7 +27,8 @@ def draw_scores(cells: Iterable[Cell], path: Path, *, title: str) -> None:
     if full is not None:
         level = 100 * full.accuracy.mean
         axes.axhline(level, color="black", linewidth=1, linestyle="--", label=f"full cache ({level:.1f} %)")
-    for name in [name for name in _STYLES if any(cell.policy == name for cell in cells)]:
+    measured = {cell.policy for cell in cells} - {"full"}
+    for name in [*(name for name in _STYLES if name in measured), *sorted(measured - _STYLES.keys())]:
         line = sorted((cell for cell in cells if cell.policy == name), key=lambda cell: cell.budget)
         scores = [cell.accuracy for cell in line]
         means = [100 * score.mean for score in scores]
@@ -34,7 +36,7 @@ def draw_scores(cells: Iterable[Cell], path: Path, *, title: str) -> None:
             [100 * (score.mean - score.low) for score in scores],
             [100 * (score.high - score.mean) for score in scores],
         ]
-        color, marker = _STYLES[name]
+        color, marker = _STYLES.get(name, (None, "o"))
         budgets = [100 * cell.budget for cell in line]
         axes.errorbar(budgets, means, yerr=errors, color=color, marker=marker, markersize=5, capsize=2.5, label=name)
     axes.set_xlabel("budget: share of the KV cache kept (%)")

@@ -15,15 +15,16 @@ from defensivekv.evaluation.statistics import Interval, mean_interval
 from defensivekv.integrations.transformers import EvictingCache, disable, enable
 from defensivekv.integrations.transformers.versions import CACHE_ARGUMENT
 from defensivekv.needleworld import MAX_NEW_TOKENS, TASKS, Sample, make_sample, score
+from defensivekv.policies import Policy
 
 
 @dataclass(frozen=True)
 class Cell:
     """One policy at one budget over the suite.
 
-    policy: a name, "full" being the stock model with its stock cache. document_scores: the mean score of each
-    document's questions, 0 to 1. cache_bytes: bytes held for one document after compression. full_bytes: what
-    the stock cache holds. token_seconds: median decoding time of a step. achieved: share of entries kept.
+    policy: its name, "full" being the stock model with its stock cache. budget: the share asked for.
+    document_scores: the mean score of each document's questions, 0 to 1. cache_bytes: bytes held for one document
+    after compression. token_seconds: median decoding time of a step. achieved: the share of entries kept.
     answers: the generated texts, answers[document][question].
     """
 
@@ -57,20 +58,27 @@ def evaluate_cell(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     samples: Sequence[Sample],
-    policy: str,
-    budget: float,
+    policy: Policy,
     *,
     batch_size: int = 8,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Cell:
-    """Runs the suite under one policy and budget. `advance` is told how many documents were finished."""
-    (disable if policy == "full" else enable)(model)
+    """Runs the suite under one policy, "full" being the stock model with its stock cache.
+
+    policy: with a budget that is a share. advance: told how many documents were finished. Raises InvalidInputError.
+    """
+    if policy.budget.kind != "share":
+        raise InvalidInputError(
+            f"budget {policy.budget} is not a share, by which cells are compared: give one such as 0.2"
+        )
+    is_stock = policy.name == "full"
+    (disable if is_stock else enable)(model)
     scores: list[float] = []
     answers: list[tuple[str, ...]] = []
     held, achieved, steps = 0.0, [], []
     for batch in _batches(samples, batch_size):
         ids = _encode(tokenizer, [sample.document for sample in batch], special=True)["input_ids"]
-        cache = DynamicCache(config=model.config) if policy == "full" else EvictingCache(model, policy, budget)
+        cache = DynamicCache(config=model.config) if is_stock else EvictingCache(model, policy)
         model(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE_ARGUMENT: cache})
         held += _cache_bytes(cache)
         achieved.append(1.0 if isinstance(cache, DynamicCache) else cache.report().achieved)
@@ -86,8 +94,8 @@ def evaluate_cell(
         advance(len(batch))
     disable(model)
     return Cell(
-        policy=policy,
-        budget=budget,
+        policy=policy.name,
+        budget=float(policy.budget.amount),
         document_scores=tuple(scores),
         cache_bytes=held / len(samples),
         token_seconds=sorted(steps)[len(steps) // 2],

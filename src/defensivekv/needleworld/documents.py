@@ -2,12 +2,13 @@
 
 special number misty harbor 47 83 .                 a needle: key phrase, value of two words
 special number second golden kettle 12 56 .         one of several values of a key
-store 31 07 into alef .    copy alef into bario .   a variable chain
+store 31 07 alef .    copy alef bario .             a variable chain
 recall misty harbor 47 83 .                         a fact repeated later in the document
 """
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from random import Random
 
 from defensivekv.needleworld.vocabulary import (
@@ -53,8 +54,8 @@ class Chain:
     @property
     def statements(self) -> tuple[Words, ...]:
         """The chain's sentences in order."""
-        head = ("store", *self.value, "into", self.variables[0], ".")
-        copies = ((("copy", a, "into", b, ".")) for a, b in zip(self.variables, self.variables[1:], strict=False))
+        head = ("store", *self.value, self.variables[0], ".")
+        copies = (("copy", a, b, ".") for a, b in pairwise(self.variables))
         return (head, *copies)
 
 

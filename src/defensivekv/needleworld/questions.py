@@ -3,11 +3,12 @@
 question one misty harbor two second golden kettle answer
 one misty harbor 47 83 two second golden kettle 12 56 <end>
 question chain 31 07 answer
-chain 31 07 into alef into bario into cendo <end>
+chain 31 07 alef copy alef bario copy bario cendo <end>
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from random import Random
 
 from defensivekv.needleworld.documents import Chain, Document, Needle, draw_chains, draw_needles, write_document
@@ -58,11 +59,12 @@ def ask_needles(needles: Sequence[Needle], task: str) -> Question:
 def ask_chain(chain: Chain, task: str = "variable_chain") -> Question:
     """Asks for all variables that hold a value."""
     value = " ".join(chain.value)
+    copies = [f"copy {a} {b}" for a, b in pairwise(chain.variables)]
     return Question(
         text=f"question chain {value} answer",
         answer=chain.variables,
         task=task,
-        reply=f"chain {value} into {' into '.join(chain.variables)} {END}",
+        reply=f"chain {value} {chain.variables[0]} {' '.join(copies)} {END}",
     )
 
 

@@ -3,7 +3,7 @@
 PAD, BOS, END, UNKNOWN = "<pad>", "<bos>", "<end>", "<unk>"
 
 STRUCTURE = tuple(
-    """special number question answer first second third one two three four store copy into chain recall .""".split()
+    """special number question answer first second third one two three four store copy chain recall .""".split()
 )
 ORDINALS = ("first", "second", "third")
 INDICES = ("one", "two", "three", "four")
