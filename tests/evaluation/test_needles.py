@@ -63,7 +63,8 @@ def test_a_cell_says_what_was_held_and_leaves_the_model_as_it_was(
     packaged: tuple[PreTrainedModel, PreTrainedTokenizerBase],
 ) -> None:
     model, tokenizer = packaged
-    suite, done = make_suite(2, num_tokens=TOKENS), []
+    suite = make_suite(2, num_tokens=TOKENS)
+    done: list[int] = []
     cell = evaluate_cell(model, tokenizer, suite, dkv.policy("snapkv", 0.25), advance=done.append)
     assert sum(done) == len(suite)
     assert cell.achieved == pytest.approx(0.25, abs=0.002)
