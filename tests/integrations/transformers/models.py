@@ -50,6 +50,61 @@ _SPECIFIC: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
 }
 ARCHITECTURES = tuple(_SPECIFIC)
+
+_ALTERNATING = ["sliding_attention", "full_attention"] * 3
+_LATENT = {
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+}
+_SHARED = {
+    "num_hidden_layers": 6,
+    "sliding_window": 24,
+    "layer_types": _ALTERNATING,
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCABULARY,
+}
+_UNUSUAL: dict[str, dict[str, Any]] = {
+    "qwen3_next": _MOE
+    | {
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "shared_expert_intermediate_size": 32,
+    },
+    "lfm2": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
+    "llama4_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["chunked_attention", "full_attention"] * 2,
+        "attention_chunk_size": 64,
+        "num_local_experts": 2,
+        "intermediate_size_mlp": 96,
+        "no_rope_layers": [1, 0, 1, 0],
+    },
+    "gemma4_text": _SHARED | {"global_head_dim": 16},
+    "gemma3n_text": _SHARED | {"altup_num_inputs": 2, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 6},
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "gpt2": {"n_embd": 64, "n_head": 4, "n_layer": 3, "n_positions": 1024},
+    "opt": {"word_embed_proj_dim": 64, "ffn_dim": 96},
+    "falcon": {"head_dim": None, "alibi": True},
+    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2},
+    "bloom": {"n_head": 4, "n_layer": 2},
+    "gptj": {"n_embd": 64, "n_head": 4, "n_layer": 2, "rotary_dim": 8},
+}
 SOFTCAPPED_OR_SINKS = ("gemma2", "gpt_oss")
 """Models whose stock attention must be the eager one to be exact."""
 
@@ -58,7 +113,8 @@ def tiny_model(
     architecture: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
 ) -> PreTrainedModel:
     """A random model in evaluation mode, the same for the same seed."""
-    options = _COMMON | _SPECIFIC.get(architecture, {}) | changes
+    options = _COMMON | _SPECIFIC.get(architecture, {}) | _UNUSUAL.get(architecture, {}) | changes
+    options = {name: value for name, value in options.items() if value is not None or name.endswith(("_id", "window"))}
     config = AutoConfig.for_model(architecture, **options)
     torch.manual_seed(seed)
     implementation = "eager" if architecture in SOFTCAPPED_OR_SINKS else "sdpa"

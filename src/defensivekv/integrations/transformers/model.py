@@ -150,7 +150,7 @@ def check_supported(model: PreTrainedModel) -> None:
             "already; use it as it is"
         )
     devices = set((getattr(model, "hf_device_map", None) or {}).values())
-    if len(devices) > 1 and any(plan.kind == "dummy" for plan in plans):
+    if len(devices) > 1 and getattr(text_config(model), "num_kv_shared_layers", None):
         raise UnsupportedModelError(
             f"{name} has layers that read the keys of other layers and is split over {len(devices)} devices, on whose "
             "way the cache loses sight of the keys: load it onto one device"

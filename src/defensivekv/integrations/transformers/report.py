@@ -10,7 +10,7 @@ _REASONS = {
     "linear_attention": "holds a state of fixed size",
     "conv": "holds a state of fixed size",
     "latent_attention": "holds one latent vector per token for all heads",
-    "dummy": "holds nothing",
+    "dummy": "has no entries of its own",
 }
 
 
@@ -34,7 +34,8 @@ class LayerReport:
         """Why nothing is evicted from this layer; empty where something is."""
         if self.can_evict:
             return "" if self.evicted else "no prompt has been read yet"
-        return f"{_REASONS.get(self.kind, 'not full attention')}: transformers' own cache keeps it"
+        reason = _REASONS.get(self.kind, "is not full attention")
+        return reason if self.kind == "dummy" else f"{reason}, kept by transformers' own cache"
 
 
 @dataclass(frozen=True)
