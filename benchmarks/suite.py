@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from math import inf
 from pathlib import Path
 
 import torch
@@ -21,18 +22,31 @@ BENCHMARKS: dict[str, Callable[[Settings, torch.device], list[Result]]] = {
 
 
 def run(
-    names: Sequence[str], *, quick: bool, device: torch.device, output: Path, extra: dict[str, object] | None = None
+    names: Sequence[str],
+    *,
+    quick: bool,
+    device: torch.device,
+    output: Path,
+    extra: dict[str, object] | None = None,
+    limit_s: float = inf,
 ) -> list[Result]:
-    """Runs and prints the benchmarks of these names; writes one JSON to `output`, with `extra` at its head."""
+    """Runs and prints the benchmarks of these names; writes one JSON to `output`, with `extra` at its head.
+
+    None is started once `limit_s` seconds have passed; the JSON names those under "not_run".
+    """
     settings = QUICK if quick else FULL
     header = machine.describe(device) | {"quick": quick} | (extra or {})
     print(f"{header['device']}, {header['threads']} threads, {header['versions']}, commit {header['commit']}\n")
     started = time.perf_counter()
     results: list[Result] = []
-    for name in names:
-        for result in BENCHMARKS[name](settings, device):
+    waiting = list(names)
+    while waiting and time.perf_counter() - started < limit_s:
+        for result in BENCHMARKS[waiting.pop(0)](settings, device):
             print(f"{result}\n", flush=True)
             results.append(result)
-        write(output, header | {"wall_s": round(time.perf_counter() - started, 1)}, results)
+        elapsed = round(time.perf_counter() - started, 1)
+        write(output, header | {"wall_s": elapsed, "not_run": list(waiting)}, results)
+    if waiting:
+        print(f"not run, for want of time: {', '.join(waiting)}")
     print(f"written to {output}")
     return results

@@ -3,6 +3,8 @@
 A group's query heads are query rows of their key-value head, so that its entries are read once.
 """
 
+from functools import partial
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -33,21 +35,22 @@ def tail_partial(
 
 def prefix_kernel(scaling: float) -> Kernel:
     """The kernel for blocks of a prefix."""
+    return partial(_attend_blocks, scaling=scaling)
 
-    def kernel(
-        queries: Float[Tensor, "n r d"],
-        keys: Float[Tensor, "n t d"],
-        values: Float[Tensor, "n t v"],
-        visible: Bool[Tensor, "n t"] | None,
-    ) -> tuple[Tensor, Tensor]:
-        mask = None
-        if visible is not None:
-            mask = torch.zeros(visible.shape, dtype=queries.dtype).masked_fill_(~visible, float("-inf"))
-            mask = mask[:, None, None].expand(-1, -1, queries.shape[1], -1)
-        output, log_sum = _flash(queries.unsqueeze(1), keys.unsqueeze(1), values.unsqueeze(1), scaling, mask)
-        return output.squeeze(1), log_sum.squeeze(1)
 
-    return kernel
+def _attend_blocks(
+    queries: Float[Tensor, "n r d"],
+    keys: Float[Tensor, "n t d"],
+    values: Float[Tensor, "n t v"],
+    visible: Bool[Tensor, "n t"] | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    mask = None
+    if visible is not None:
+        mask = torch.zeros(visible.shape, dtype=queries.dtype).masked_fill_(~visible, float("-inf"))
+        mask = mask[:, None, None].expand(-1, -1, queries.shape[1], -1)
+    output, log_sum = _flash(queries.unsqueeze(1), keys.unsqueeze(1), values.unsqueeze(1), scaling, mask)
+    return output.squeeze(1), log_sum.squeeze(1)
 
 
 def _flash(queries: Tensor, keys: Tensor, values: Tensor, scaling: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:

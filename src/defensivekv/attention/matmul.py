@@ -1,5 +1,7 @@
 """Partial attention by two matrix products: any device, any dtype, softcaps; the softmax in float32."""
 
+from functools import partial
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -42,22 +44,25 @@ def _logits(queries: Float[Tensor, "n r d"], keys: Float[Tensor, "n t d"], scali
 
 
 def prefix_kernel(scaling: float, softcap: float | None) -> Kernel:
-    """The kernel for blocks of a prefix, some queries at a time so that few logits are held at once."""
+    """The kernel for blocks of a prefix."""
+    return partial(_attend_blocks, scaling=scaling, softcap=softcap)
 
-    def kernel(
-        queries: Float[Tensor, "n r d"],
-        keys: Float[Tensor, "n t d"],
-        values: Float[Tensor, "n t v"],
-        visible: Bool[Tensor, "n t"] | None,
-    ) -> tuple[Tensor, Tensor]:
-        step = max(1, _CHUNK_ELEMENTS // (keys.shape[0] * keys.shape[1]))
-        mask = None if visible is None else visible.unsqueeze(1)
-        parts = [entries_partial(part, keys, values, scaling, softcap, mask) for part in queries.split(step, 1)]
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat([part[0] for part in parts], 1), torch.cat([part[1] for part in parts], 1)
 
-    return kernel
+def _attend_blocks(
+    queries: Float[Tensor, "n r d"],
+    keys: Float[Tensor, "n t d"],
+    values: Float[Tensor, "n t v"],
+    visible: Bool[Tensor, "n t"] | None,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Some queries at a time, so that few logits are held at once."""
+    step = max(1, _CHUNK_ELEMENTS // (keys.shape[0] * keys.shape[1]))
+    mask = None if visible is None else visible.unsqueeze(1)
+    parts = [entries_partial(part, keys, values, scaling, softcap, mask) for part in queries.split(step, 1)]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([part[0] for part in parts], 1), torch.cat([part[1] for part in parts], 1)
 
 
 def tail_partial(

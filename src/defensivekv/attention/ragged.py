@@ -16,7 +16,8 @@ from defensivekv.types import Keys, Values
 Backend = Literal["auto", "flash-cpu", "matmul"]
 
 _MATMUL_QUERIES = 4
-"""Packed queries up to which matrix products beat the flash kernel on float32 entries."""
+_MATMUL_ENTRIES = 2**14
+"""Packed queries up to which, and entries from which on, matrix products beat the flash kernel in float32."""
 
 
 def causal_mask(num_queries: int, num_tokens: int, device: torch.device) -> Bool[Tensor, "1 1 x t"]:
@@ -45,7 +46,7 @@ def attend(
     visible: (b or 1, 1 or q, x, t) what may be read of the tail; None: causal.
     scaling: factor on the logits. softcap, sinks: as in `Observation`.
     backend: "flash-cpu" (CPU, no softcap), "matmul" (anywhere) or "auto", the fastest that can: on a CPU
-        "flash-cpu", except that few float32 queries read the prefix by "matmul".
+        "flash-cpu", except that few float32 queries read a large prefix by "matmul".
 
     Raises InvalidInputError where the backend cannot serve the tensors.
     """
@@ -64,11 +65,15 @@ def attend(
         mask = causal_mask(x, t, queries.device) if visible is None else visible
         parts = [matmul.tail_partial(packed.unflatten(2, (-1, x)), tail_keys, tail_values, scaling, softcap, mask)]
     if view is not None:
-        few = backend == "auto" and queries.dtype == torch.float32 and packed.shape[2] <= _MATMUL_QUERIES
-        by_flash = flash and not few
-        kernel = flash_cpu.prefix_kernel(scaling) if by_flash else matmul.prefix_kernel(scaling, softcap)
+        products = not flash or (backend == "auto" and _suits_matmul(packed, view))
+        kernel = matmul.prefix_kernel(scaling, softcap) if products else flash_cpu.prefix_kernel(scaling)
         parts.append(prefix_partial(packed, view, kernel))
     return unpack(merge(parts, group_sinks), x).to(queries.dtype)
+
+
+def _suits_matmul(packed: Float[Tensor, "b h r d"], view: PrefixView) -> bool:
+    is_large = len(view.prefix.keys) >= _MATMUL_ENTRIES
+    return is_large and packed.dtype == torch.float32 and packed.shape[2] <= _MATMUL_QUERIES
 
 
 def _additive(
