@@ -105,6 +105,7 @@ _UNUSUAL: dict[str, dict[str, Any]] = {
     "bloom": {"n_head": 4, "n_layer": 2},
     "gptj": {"n_embd": 64, "n_head": 4, "n_layer": 2, "rotary_dim": 8},
 }
+WITHOUT_SDPA = ("bloom", "mpt")
 SOFTCAPPED_OR_SINKS = ("gemma2", "gpt_oss")
 """Models whose stock attention must be the eager one to be exact."""
 
@@ -117,7 +118,7 @@ def tiny_model(
     options = {name: value for name, value in options.items() if value is not None or name.endswith(("_id", "window"))}
     config = AutoConfig.for_model(architecture, **options)
     torch.manual_seed(seed)
-    implementation = "eager" if architecture in SOFTCAPPED_OR_SINKS else "sdpa"
+    implementation = "eager" if architecture in (*SOFTCAPPED_OR_SINKS, *WITHOUT_SDPA) else "sdpa"
     model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
