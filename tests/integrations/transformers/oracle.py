@@ -78,7 +78,9 @@ class MaskedModel:
         else:
             assert attention_mask.dtype == torch.bool
             visible = attention_mask.expand(b, h, x, t).clone()
-        index = int(module.layer_idx)  # type: ignore[arg-type]
+        index = getattr(module, "layer_idx", -1)
+        if index < 0:  # an encoder of images: every patch sees every other
+            visible.fill_(True)
         kept = self.kept.get(self.sources.get(index, index))
         if kept is not None and t > self.num_tokens:
             visible[..., : self.num_tokens] &= kept.repeat_interleave(b // len(kept), 0)[:, :, None]
