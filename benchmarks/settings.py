@@ -10,9 +10,10 @@ import torch
 class Settings:
     """Sizes and repetitions.
 
-    tokens: stored by the dense caches. prompt: tokens of the prefill. logical_lengths: tokens seen, while the
-    stored entries stay those of `budget` of the shortest. short, long: repetitions of calls that take
-    milliseconds, and of those that take seconds. model: changes to the model's configuration.
+    tokens: stored by the dense caches. prompt, prefill_layers: tokens of the prefill, and layers of the model
+    that it is timed on. logical_lengths: tokens seen, while the stored entries stay those of `budget` of the
+    shortest. short, medium, long: repetitions of calls that take milliseconds, tenths of a second, and seconds.
+    model: changes to the model's configuration.
     has_targets: whether the figures can be held against the targets.
     """
 
@@ -24,11 +25,12 @@ class Settings:
     attention_dtypes: tuple[str, ...] = ("float32", "bfloat16")
     model_dtype: str = "bfloat16"
     prompt: int = 4096
+    prefill_layers: int = 4
     logical_lengths: tuple[int, ...] = (8192, 32768, 131072 - 64)
     copy_bytes: int = 2**29
     short: int = 30
     medium: int = 9
-    long: int = 3
+    long: int = 5
     model: tuple[tuple[str, Any], ...] = ()
     has_targets: bool = True
 
@@ -40,6 +42,7 @@ QUICK = Settings(
     head_size=16,
     model_dtype="float32",
     prompt=256,
+    prefill_layers=2,
     logical_lengths=(256, 1024, 2048),
     copy_bytes=2**20,
     short=3,
