@@ -8,14 +8,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 from defensivekv.budget import Budget
 from defensivekv.errors import CacheError, InvalidInputError
 from defensivekv.integrations.transformers.checks import check_forward, check_model
 from defensivekv.integrations.transformers.decision import PromptDecision
 from defensivekv.integrations.transformers.layer import EvictedLayer, LayerHandoff
-from defensivekv.integrations.transformers.model import check_supported, max_positions, plan_layers
+from defensivekv.integrations.transformers.model import check_supported, max_positions, plan_layers, text_config
 from defensivekv.integrations.transformers.report import CacheReport, LayerReport
 from defensivekv.policies import Policy
 from defensivekv.policies import policy as make_policy
@@ -49,7 +49,8 @@ class EvictingCache(Cache):
         else:
             self.policy = make_policy(policy, budget, **options)
         check_supported(model)
-        self._plans = plan_layers(model)
+        self._config = text_config(model)
+        self._plans = plan_layers(self._config)
         self._model = weakref.ref(model)
         self._module_ids = frozenset(id(module) for module in model.modules())
         self._max_tokens = max_positions(model)
@@ -61,12 +62,8 @@ class EvictingCache(Cache):
         super().__init__(layers=self._new_layers())
 
     def _new_layers(self) -> list[Any]:
-        return [
-            EvictedLayer(self, index)
-            if plan.evicted
-            else DYNAMIC_LAYER_TYPE_MAPPING[_stock_kind(plan.kind)](**plan.options)
-            for index, plan in enumerate(self._plans)
-        ]
+        stock = DynamicCache(config=self._config).layers
+        return [EvictedLayer(self, index) if plan.evicted else stock[index] for index, plan in enumerate(self._plans)]
 
     @property
     def _evicted(self) -> list[EvictedLayer]:
@@ -114,6 +111,7 @@ class EvictingCache(Cache):
         """Forgets the last `-tokens_to_remove` tokens of every layer. Raises CacheError before touching any of them
         where that reaches into what was evicted, or where a stock layer has forgotten what it would need.
         """
+        tokens_to_remove = int(tokens_to_remove)  # some releases count in tensors
         count = abs(tokens_to_remove)
         shortest = min(layer.store.tail_length for layer in self._evicted)
         if tokens_to_remove > 0:
@@ -210,10 +208,6 @@ class EvictingCache(Cache):
             kept_whole=tuple(share >= 1 for share in self._decision.shares),
             full_bytes=self._decision.bytes_per_token * sum(self._decision.rows),
         )
-
-
-def _stock_kind(kind: str) -> str:
-    return "full_attention" if kind == "latent_attention" else kind
 
 
 def _has_forgotten(layer: Any) -> bool:

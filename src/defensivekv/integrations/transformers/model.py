@@ -1,12 +1,13 @@
 """What this package needs to know of a transformers model: which layers can be evicted, and how to switch attention."""
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import get_layer_types_and_kwargs
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from defensivekv.errors import UnsupportedModelError
 from defensivekv.integrations.transformers.attention import attention_forward, attention_mask
@@ -25,12 +26,11 @@ class LayerPlan:
     """How the cache of one model layer is kept.
 
     kind: transformers' layer type ("full_attention", "sliding_attention", ...). evicted: whether this package
-    keeps it. options: arguments of the stock cache layer.
+    keeps it.
     """
 
     kind: str
     evicted: bool
-    options: dict[str, object]
 
 
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:
@@ -38,20 +38,31 @@ def text_config(model: PreTrainedModel) -> PreTrainedConfig:
     return model.config.get_text_config(decoder=True)
 
 
-def plan_layers(model: PreTrainedModel) -> list[LayerPlan]:
+def plan_layers(config: PreTrainedConfig) -> list[LayerPlan]:
     """Which layers are evicted: full attention with keys and values of its own, except latent attention.
 
-    Layers that keep nothing, because they read the keys of an earlier layer or are no attention, are "dummy".
+    config: of the text decoder. The plans are those of the layers that transformers' own cache has; where layers
+    read the keys of earlier ones, some releases leave them out and others call them "dummy".
     """
-    config = text_config(model)
     is_latent = getattr(config, "kv_lora_rank", None) is not None
     plans = []
-    for kind, options in zip(*get_layer_types_and_kwargs(config), strict=True):
-        if is_latent and kind == "full_attention":
-            plans.append(LayerPlan("latent_attention", False, options))
-        else:
-            plans.append(LayerPlan(kind, kind == "full_attention", options))
+    for index, layer in enumerate(DynamicCache(config=config).layers):
+        kind = _kind(config, index, layer)
+        is_full = kind == "full_attention" and type(layer) is DynamicLayer
+        plans.append(LayerPlan("latent_attention" if is_full and is_latent else kind, is_full and not is_latent))
     return plans
+
+
+def _kind(config: PreTrainedConfig, index: int, layer: CacheLayerMixin) -> str:
+    if type(layer).__name__ == "DummyLayer":
+        return "dummy"
+    kinds: Sequence[str] | None = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return kinds[index]
+    if getattr(layer, "is_sliding", False):
+        is_chunked = getattr(config, "sliding_window", None) is None
+        return "chunked_attention" if is_chunked else "sliding_attention"
+    return "full_attention" if type(layer) is DynamicLayer else type(layer).__name__
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
@@ -142,7 +153,7 @@ def check_supported(model: PreTrainedModel) -> None:
             f"{name} computes its attention itself and cannot be switched to another implementation: "
             "use a model that transformers builds on its AttentionInterface"
         )
-    plans = plan_layers(model)
+    plans = plan_layers(text_config(model))
     if not any(plan.evicted for plan in plans):
         kinds = ", ".join(sorted({plan.kind for plan in plans}))
         raise UnsupportedModelError(

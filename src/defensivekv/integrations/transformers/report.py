@@ -10,8 +10,8 @@ _REASONS = {
     "linear_attention": "holds a state of fixed size",
     "conv": "holds a state of fixed size",
     "latent_attention": "holds one latent vector per token for all heads",
-    "dummy": "has no entries of its own",
 }
+_WITHOUT_ENTRIES = ("dummy", "moe", "mlp")
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,9 @@ class LayerReport:
         """Why nothing is evicted from this layer; empty where something is."""
         if self.can_evict:
             return "" if self.evicted else "no prompt has been read yet"
-        reason = _REASONS.get(self.kind, "is not full attention")
-        return reason if self.kind == "dummy" else f"{reason}, kept by transformers' own cache"
+        if self.kind in _WITHOUT_ENTRIES:
+            return "has no entries of its own"
+        return f"{_REASONS.get(self.kind, 'is not full attention')}, kept by transformers' own cache"
 
 
 @dataclass(frozen=True)
