@@ -67,7 +67,7 @@ def test_tokens_accepted_with_the_prompt_count_as_prompt_and_the_rest_is_the_ora
     output = _generate(model, prompt(PROMPT), cache, **_options(mode, architecture))
     (read,) = cache.report().prompt_tokens
     accepted = read - PROMPT
-    assert (accepted > 0) == (mode == "assistant that is often right" and architecture == "llama")
+    assert (accepted > 0) == (mode == "assistant that is often right")
     assert cache.report().achieved == pytest.approx(0.3, abs=0.002)
 
     dkv.disable(model)
