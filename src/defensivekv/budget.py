@@ -46,22 +46,22 @@ class Budget:
         if isinstance(value, float) and not math.isfinite(value):
             raise BudgetError(f"budget {value!r} is not finite: give {_FORMS}")
         if value <= 0:
-            raise BudgetError(f"budget {value!r} keeps nothing: give {_FORMS}")
+            raise BudgetError(f"budget {value} keeps nothing: give {_FORMS}")
         if isinstance(value, int) and value > 1:
             return cls("entries", Fraction(value))
         share = Fraction(value).limit_denominator(10**9)
         if share > 1:
             raise BudgetError(
-                f"budget {value!r} is above one: a share is at most 1.0; "
-                f"for {value:g} entries per head give the integer {round(value)}"
+                f"budget {value} is above one: a share is at most 1.0; "
+                f"for {float(value):g} entries per head give the integer {round(value)}"
             )
         if share == 0:
-            raise BudgetError(f"budget {value!r} keeps nothing: give {_FORMS}")
+            raise BudgetError(f"budget {value} keeps nothing: give {_FORMS}")
         return cls("share", share)
 
     @classmethod
     def _parse_text(cls, text: str) -> Self:
-        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*(%|[A-Za-z]*)\s*", text)
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]{1,2})?)\s*(%|[A-Za-z]*)\s*", text)
         if match is None:
             raise BudgetError(f"budget {text!r} is not understood: give {_FORMS}")
         number, unit = match.groups()
