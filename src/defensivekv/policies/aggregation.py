@@ -1,15 +1,17 @@
 """Importances of one entry, over queries and over the query heads of its group, to one score."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch.nn.functional as F
 
+from defensivekv.errors import InvalidInputError
 from defensivekv.types import HeadScores, Importance
 
 _TINY = 1e-12
 
 
+@runtime_checkable
 class Aggregation(Protocol):
     """(h, g, w, n) importances to (h, n) scores, head by head."""
 
@@ -31,6 +33,9 @@ class Mean:
     kernel_size: int = 5
     description = "mean"
 
+    def __post_init__(self) -> None:
+        _check_kernel_size(self.kernel_size)
+
     def __call__(self, importance: Importance) -> HeadScores:
         return _smooth(importance.mean(dim=(1, 2)), self.kernel_size)
 
@@ -48,11 +53,19 @@ class Defensive:
     kernel_size: int = 5
     description = "worst case, floored at the mean"
 
+    def __post_init__(self) -> None:
+        _check_kernel_size(self.kernel_size)
+
     def __call__(self, importance: Importance) -> HeadScores:
         smoothed = _smooth(importance, self.kernel_size)
         scale = importance.sum(-1, keepdim=True) / (smoothed.sum(-1, keepdim=True) + _TINY)
         worst = smoothed.mul_(scale).amax(dim=(1, 2))
         return worst.clamp_min(worst.mean(-1, keepdim=True))
+
+
+def _check_kernel_size(kernel_size: int) -> None:
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise InvalidInputError(f"kernel_size {kernel_size} must be odd, so that the filter has a middle; 1: none")
 
 
 def _smooth(values: HeadScores | Importance, kernel_size: int) -> HeadScores | Importance:

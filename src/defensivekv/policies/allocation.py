@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,6 +15,7 @@ RowScores = Float[Tensor, "h t"]
 RowKept = Bool[Tensor, "h t"]
 
 
+@runtime_checkable
 class Allocation(Protocol):
     """Scores of one row, a tensor (h, t) per layer, and the share to keep, to the kept sets."""
 

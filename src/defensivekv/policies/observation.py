@@ -39,7 +39,7 @@ class Observation:
         for name in ("queries", "keys", "values"):
             if getattr(self, name).dim() != 4:
                 raise InvalidInputError(f"{name} must have 4 dimensions (batch, heads, positions, size)")
-        b, q, _, d = self.queries.shape
+        b, q, w, d = self.queries.shape
         if self.keys.shape[0] != b or self.keys.shape[-1] != d:
             raise InvalidInputError(
                 f"queries {tuple(self.queries.shape)} and keys {tuple(self.keys.shape)} differ in batch or head size"
@@ -52,6 +52,8 @@ class Observation:
             raise InvalidInputError(f"{q} query heads are not a multiple of {self.num_heads} key-value heads")
         if self.num_tokens == 0:
             raise InvalidInputError("a prompt of no tokens cannot be observed: pass at least one token")
+        if not 1 <= w <= self.num_tokens:
+            raise InvalidInputError(f"queries of {w} positions: pass those of the last 1 to {self.num_tokens} tokens")
         if self.output_projection is not None and self.output_projection.shape[-1] != q * self.values.shape[-1]:
             raise InvalidInputError(
                 f"output_projection {tuple(self.output_projection.shape)} must be "
@@ -81,7 +83,7 @@ class Observation:
         return float(self.queries.shape[-1]) ** -0.5 if self.scaling is None else self.scaling
 
     def rows(self) -> Iterator["Observation"]:
-        """Each row alone, without its pads. Unpadded rows share the storage of this observation."""
+        """Each row alone, without its pads and their queries. Views, but for rows with pads in their middle."""
         for row in range(self.keys.shape[0]):
             alone = replace(
                 self,
@@ -98,7 +100,12 @@ class Observation:
                 raise InvalidInputError(f"row {row} of the batch holds pads only: pass at least one token per row")
             start, stop = int(index[0]), int(index[-1]) + 1
             where: slice | Tensor = slice(start, stop) if stop - start == len(index) else index
-            yield replace(alone, keys=alone.keys[:, :, where], values=alone.values[:, :, where])
+            yield replace(
+                alone,
+                queries=alone.queries[:, :, -len(index) :],
+                keys=alone.keys[:, :, where],
+                values=alone.values[:, :, where],
+            )
 
     def heads(self, start: int, stop: int) -> "Observation":
         """The key-value heads `start` to `stop` with their query heads, as views. No output projection."""
@@ -113,10 +120,10 @@ class Observation:
         )
 
     def check_finite(self) -> None:
-        """Raises InvalidInputError when keys or values hold NaN (one pass, no copy)."""
+        """Raises InvalidInputError when keys, values or queries hold NaN or infinity (one pass, no copy)."""
         for name, tensor in (("keys", self.keys), ("values", self.values), ("queries", self.queries)):
-            if bool(torch.isnan(tensor.sum(dtype=torch.float32))):
+            if not bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
                 raise InvalidInputError(
-                    f"{name} hold NaN (or infinities of both signs): the forward pass went wrong before the cache; "
+                    f"{name} hold NaN or infinity: the forward pass went wrong before the cache; "
                     "check the weights and the dtype (float16 overflows where bfloat16 does not)"
                 )

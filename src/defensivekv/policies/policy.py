@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from fractions import Fraction
-from math import floor
+from math import ceil, floor
 
 import torch
 from jaxtyping import Float
@@ -76,7 +76,7 @@ class Policy:
         raise BudgetError(
             f"budget {self.budget} of a prompt of {num_tokens} tokens is {floor(num_tokens * share)} entries per "
             f"head, below the observation window of {self.window_size}: give at least "
-            f"{self.window_size / num_tokens:.3f}, or a smaller window_size"
+            f"{ceil(10**4 * self.window_size / num_tokens) / 10**4}, or a smaller window_size"
         )
 
     def score(self, observation: Observation, *, num_layers: int = 1) -> LayerScores:
@@ -84,13 +84,14 @@ class Policy:
 
         Pads score -inf; rows that are kept whole score inf. `num_layers` is the number of evicted layers, which
         a budget in bytes is shared among (each layer getting an even part). Every row is scored alone.
-        Raises InvalidInputError where keys, values or scores hold NaN.
+        Raises InvalidInputError where keys, values, queries or scores hold NaN.
         """
+        return self._score(observation, self._shares(observation, bytes_per_token(observation) * num_layers))
+
+    @torch.no_grad()
+    def _score(self, observation: Observation, shares: list[Fraction]) -> LayerScores:
         valid = observation.valid
-        rows = list(observation.rows())
-        size = bytes_per_token(observation) * num_layers
-        shares = [self.row_share(row.num_tokens, size) for row in rows]
-        scores = [self._score_row(row, share) for row, share in zip(rows, shares, strict=True)]
+        scores = [self._score_row(row, share) for row, share in zip(observation.rows(), shares, strict=True)]
         if valid is None:
             return torch.stack(scores)
         b, h, t = observation.keys.shape[:3]
@@ -129,12 +130,16 @@ class Policy:
         """
         if not observations:
             raise InvalidInputError("no observation to select from: pass one for each layer")
-        scores = [self.score(observation, num_layers=len(observations)) for observation in observations]
-        size = sum(bytes_per_token(observation) for observation in observations)
-        shares = [self.row_share(row.num_tokens, size) for row in observations[0].rows()]
+        if len({(observation.keys.shape[0], observation.num_tokens) for observation in observations}) > 1:
+            raise InvalidInputError("the layers' observations differ in batch or tokens: pass those of one prompt")
+        shares = self._shares(observations[0], sum(bytes_per_token(observation) for observation in observations))
+        scores = [self._score(observation, shares) for observation in observations]
         if self.allocation.spans_layers:
             return self.keep(scores, shares)
         return [self.keep([layer], shares)[0] for layer in scores]
+
+    def _shares(self, observation: Observation, size: int) -> list[Fraction]:
+        return [self.row_share(row.num_tokens, size) for row in observation.rows()]
 
     def _score_row(self, row: Observation, share: Fraction) -> Float[Tensor, "h t"]:
         row.check_finite()

@@ -14,55 +14,55 @@ from defensivekv.policies.scoring import Recency, UniformRandom, WindowAttention
 from defensivekv.policies.weighting import TwoStageCritical, TwoStageValueNorm
 
 _DEFENSIVEKV = "https://arxiv.org/abs/2510.13334"
+_WHOLE = Budget.parse(1.0)
+"""The budget that a factory sets; `policy` puts the asked one in its place."""
 
 
-def _full(budget: Budget) -> Policy:
+def _full() -> Policy:
     """Everything is kept; the yardstick."""
-    if not budget.is_full:
-        raise BudgetError(f"policy 'full' keeps everything, but the budget is {budget}: leave the budget out")
-    return Policy("full", budget, Recency(), PerHead())
+    return Policy("full", _WHOLE, Recency(), PerHead())
 
 
-def _streaming_llm(budget: Budget) -> Policy:
+def _streaming_llm() -> Policy:
     """The first four tokens and the most recent ones."""
-    return Policy("streaming-llm", budget, Recency(), PerHead(), Mean(1), paper="https://arxiv.org/abs/2309.17453")
+    return Policy("streaming-llm", _WHOLE, Recency(), PerHead(), Mean(1), paper="https://arxiv.org/abs/2309.17453")
 
 
-def _random(budget: Budget) -> Policy:
+def _random() -> Policy:
     """Entries drawn by chance, the window kept; the floor."""
-    return Policy("random", budget, UniformRandom(), PerHead(), Mean(1))
+    return Policy("random", _WHOLE, UniformRandom(), PerHead(), Mean(1))
 
 
-def _snapkv(budget: Budget) -> Policy:
+def _snapkv() -> Policy:
     """Mean attention of the last prompt tokens, smoothed."""
-    return Policy("snapkv", budget, WindowAttention(), PerHead(), paper="https://arxiv.org/abs/2404.14469")
+    return Policy("snapkv", _WHOLE, WindowAttention(), PerHead(), paper="https://arxiv.org/abs/2404.14469")
 
 
-def _adakv(budget: Budget) -> Policy:
+def _adakv() -> Policy:
     """SnapKV's scores; the heads of a layer compete, a fifth of each head's even share is safe."""
     allocation = PerLayer(safeguard=Fraction(1, 5))
-    return Policy("adakv", budget, WindowAttention(), allocation, paper="https://arxiv.org/abs/2407.11550")
+    return Policy("adakv", _WHOLE, WindowAttention(), allocation, paper="https://arxiv.org/abs/2407.11550")
 
 
-def _criticalkv(budget: Budget) -> Policy:
+def _criticalkv() -> Policy:
     """SnapKV's scores for half of the budget, weighted by value norms for the rest."""
     paper = "https://arxiv.org/abs/2502.03805"
-    return Policy("criticalkv", budget, WindowAttention(), PerHead(), Mean(), TwoStageCritical(), paper=paper)
+    return Policy("criticalkv", _WHOLE, WindowAttention(), PerHead(), Mean(), TwoStageCritical(), paper=paper)
 
 
-def _defensivekv(budget: Budget) -> Policy:
+def _defensivekv() -> Policy:
     """Worst-case risk over the last prompt tokens, weighted by value norms."""
     parts = (WindowAttention(), PerLayer(), Defensive(), TwoStageValueNorm())
-    return Policy("defensivekv", budget, *parts, paper=_DEFENSIVEKV)
+    return Policy("defensivekv", _WHOLE, *parts, paper=_DEFENSIVEKV)
 
 
-def _layer_defensivekv(budget: Budget) -> Policy:
+def _layer_defensivekv() -> Policy:
     """DefensiveKV's scores; the heads of all layers compete."""
     parts = (WindowAttention(), AcrossLayers(), Defensive(), TwoStageValueNorm())
-    return Policy("layer-defensivekv", budget, *parts, paper=_DEFENSIVEKV)
+    return Policy("layer-defensivekv", _WHOLE, *parts, paper=_DEFENSIVEKV)
 
 
-_FACTORIES: dict[str, Callable[[Budget], Policy]] = {
+_FACTORIES: dict[str, Callable[[], Policy]] = {
     "full": _full,
     "random": _random,
     "streaming-llm": _streaming_llm,
@@ -86,7 +86,7 @@ def summary(name: str) -> str:
 
 def policy(
     name: str,
-    budget: float | int | str | Budget | None = None,
+    budget: float | int | str | Fraction | Budget | None = None,
     *,
     window_size: int = 32,
     protect_window: bool = True,
@@ -106,10 +106,14 @@ def policy(
         budget = 1.0
     if isinstance(window_size, bool) or not isinstance(window_size, int):
         raise InvalidInputError(f"window_size {window_size!r} must be an integer")
-    return replace(factory(Budget.parse(budget)), window_size=window_size, protect_window=protect_window)
+    asked = Budget.parse(budget)
+    if name == "full" and not asked.is_full:
+        raise BudgetError(f"policy 'full' keeps everything, but the budget is {asked}: leave the budget out")
+    # The budget is held against the window once both are set, and not against the default window.
+    return replace(factory(), budget=asked, window_size=window_size, protect_window=protect_window)
 
 
-def _factory(name: str) -> Callable[[Budget], Policy]:
+def _factory(name: str) -> Callable[[], Policy]:
     if name in _FACTORIES:
         return _FACTORIES[name]
     near = difflib.get_close_matches(str(name).lower().replace("_", "-"), _FACTORIES, n=3, cutoff=0.4)

@@ -1,16 +1,18 @@
 """Importance: what one observed query says of one entry."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from defensivekv.errors import InvalidInputError
 from defensivekv.policies.observation import Observation
 from defensivekv.types import Importance
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """Importances of one row's entries.
 
@@ -32,7 +34,7 @@ class WindowAttention:
 
     `A = softmax(q·kᵀ·scaling)` for the last `window_size` queries under the causal mask, the softmax in
     float32, rounded to the model's dtype as the model's own attention would be; the window's own columns
-    are cut off.
+    are cut off. Raises InvalidInputError for fewer queries than the window has.
     """
 
     description = "attention of the last prompt tokens"
@@ -41,6 +43,8 @@ class WindowAttention:
         queries = row.queries[0, :, -window_size:]
         q, w, d = queries.shape
         h, t = row.num_heads, row.num_tokens
+        if w < min(window_size, t):
+            raise InvalidInputError(f"{w} queries do not fill the observation window of {window_size}: pass as many")
         grouped = queries.reshape(h, q // h * w, d)
         logits = (grouped @ row.keys[0].mT).mul_(row.softmax_scaling).float().view(h, q // h, w, t)
         if row.softcap is not None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,7 @@ from defensivekv.policies.observation import Observation
 from defensivekv.types import HeadScores
 
 
+@runtime_checkable
 class Weighting(Protocol):
     """Scores of one row's entries, weighted.
 
@@ -49,7 +50,9 @@ class TwoStageValueNorm:
     ) -> HeadScores:
         n = scores.shape[-1]
         norms = value_norms(row)[:, :n]
-        weighted = scores * (norms / norms.sum(0, keepdim=True))
+        # A token whose values are all zero has no norm to divide by, and nothing to lose.
+        total = norms.sum(0, keepdim=True).clamp_min(torch.finfo(norms.dtype).tiny)
+        weighted = scores * (norms / total)
         window = row.num_tokens - n
         limit = max(0, floor(n * share - window))
         bias = mean_importance[:, max(0, n - window) :].sum(-1).mean()
@@ -96,12 +99,12 @@ def value_norms(row: Observation) -> Float[Tensor, "h t"]:
             "value weighting needs the layer's output projection: give Observation(output_projection=...), "
             "or use a policy without it such as 'snapkv'"
         )
-    values = row.values[0]
+    values = row.values[0].detach()
     h, t, v = values.shape
     g = row.num_groups
     hidden = row.output_projection.shape[0]
     # (hidden, h, g, v): the columns of the weight belong to the query heads in order.
-    projection = row.output_projection.to(values.dtype).view(hidden, h, g, v)
+    projection = row.output_projection.detach().to(values.dtype).view(hidden, h, g, v)
     norms = torch.empty(h, t, dtype=torch.float32, device=values.device)
     step = max(1, min(t, _chunk_elements(values.device) // (g * hidden)))
     products = values.new_empty(step, g * hidden)
