@@ -98,8 +98,9 @@ def _document_row(
 ) -> tuple[Document, list[Question]]:
     chains = draw_chains(rng, rng.randint(1, 1 + min(2, num_tokens // 128))) if with_chains else []
     num_recalls = rng.randint(0, min(6, num_tokens // 100))
-    room = num_tokens - 1 - 7 * num_recalls - _CHAIN_WORDS * len(chains)
-    num_several = rng.randint(1, max(1, max_keys // 6)) if with_several else 0
+    room = num_tokens - 1 - 8 * num_recalls - _CHAIN_WORDS * len(chains)
+    fitting = (room - 7 * _WIDEST) // 24
+    num_several = rng.randint(1, max(1, min(max_keys // 6, fitting))) if with_several else 0
     most = min(max_keys, (room - 24 * num_several) // 7)
     num_single = rng.randint(max(_WIDEST, most // 3), max(_WIDEST, most))
     needles = draw_needles(rng, num_several + num_single, num_several, similar=rng.random() < 0.4)
@@ -116,16 +117,16 @@ def _document_row(
 def _recall_cells(rng: Random) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
     """Keys and values of every kind that documents have: numbers by phrases, variables by numbers and by variables."""
     kind = rng.random()
-    if kind < 0.3:
+    if kind < 0.2:
         keys = rng.sample(NOUNS + VARIABLES, rng.randint(3, 10))
         values = VARIABLES if kind < 0.1 else NUMBERS
         return [((key,), (rng.choice(values),)) for key in keys]
-    if kind < 0.5:
+    if kind < 0.3:
         numbers = sorted({(rng.choice(NUMBERS[:10]), rng.choice(NUMBERS)) for _ in range(rng.randint(3, 7))})
         return [(pair, (rng.choice(VARIABLES),)) for pair in numbers]
     nouns = rng.sample(NOUNS, rng.randint(2, 4))
     pairs = sorted({(rng.choice(ADJECTIVES), rng.choice(nouns)) for _ in range(rng.randint(3, 7))})
-    if kind < 0.8:
+    if kind < 0.5:
         return [(pair, (rng.choice(NUMBERS), rng.choice(NUMBERS))) for pair in pairs]
     return [
         ((ordinal, *pair), (rng.choice(NUMBERS), rng.choice(NUMBERS))) for pair in pairs[:2] for ordinal in ORDINALS
