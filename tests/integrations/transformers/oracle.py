@@ -74,7 +74,7 @@ class MaskedModel:
         b, h, t = key.shape[:3]
         x = query.shape[2]
         if attention_mask is None:
-            visible = torch.ones(x, t, dtype=torch.bool).tril(t - x).expand(b, h, x, t).clone()
+            visible = torch.ones(x, t, dtype=torch.bool, device=key.device).tril(t - x).expand(b, h, x, t).clone()
         else:
             assert attention_mask.dtype == torch.bool
             visible = attention_mask.expand(b, h, x, t).clone()
@@ -94,5 +94,5 @@ def _kept_mask(cache: EvictingCache, layer: int, num_tokens: int) -> Tensor:
     kept = torch.zeros(rows, heads, num_tokens, dtype=torch.bool)
     for row in range(rows):
         for head in range(heads):
-            kept[row, head, cache.kept_positions(layer, row, head).long()] = True
+            kept[row, head, cache.kept_positions(layer, row, head).long().cpu()] = True
     return kept

@@ -22,7 +22,7 @@ def _options(mode: str, architecture: str = "llama") -> dict[str, Any]:
     if mode == "prompt lookup":
         return {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 1}
     # Windows longer than the text: transformers 5.17 fails on assistants that outgrow theirs, with its own cache too.
-    windows = {"sliding_window": 512} if architecture == "gemma3_text" else {}
+    windows: dict[str, Any] = {"sliding_window": 512} if architecture == "gemma3_text" else {}
     assistant = tiny_model(architecture, **windows)
     if mode == "assistant that is mostly wrong":
         assistant = tiny_model("llama", seed=5)

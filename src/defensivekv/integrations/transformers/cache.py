@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from defensivekv.budget import Budget
 from defensivekv.errors import CacheError, InvalidInputError
-from defensivekv.integrations.transformers.checks import check_forward, check_model
+from defensivekv.integrations.transformers.checks import check_forward, check_model, check_tokens
 from defensivekv.integrations.transformers.decision import PromptDecision
 from defensivekv.integrations.transformers.layer import EvictedLayer, LayerHandoff
 from defensivekv.integrations.transformers.model import check_supported, max_positions, plan_layers, text_config
@@ -106,6 +106,12 @@ class EvictingCache(Cache):
             self.layers[index].store.compact(kept)
 
     # ------------------------------------------------------------------ what transformers asks for
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of the keys that the layer will return; asked for before any layer runs."""
+        check_tokens(query_length)
+        length, offset = super().get_mask_sizes(query_length, layer_idx)
+        return length, offset
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last `-tokens_to_remove` tokens of every layer. Raises CacheError before touching any of them

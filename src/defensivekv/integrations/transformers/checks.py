@@ -40,8 +40,6 @@ def check_forward(
     """
     first, x = layers[0], int(keys.shape[2])
     seen = first.store.seen
-    if x == 0:
-        raise InvalidInputError("the prompt has no tokens: pass at least one")
     if any(layer.store.seen != seen or (seen and layer.store.view is None) for layer in layers):
         raise CacheError("an earlier forward pass through this cache broke off: call reset(), or make a new cache")
     if drafting_from and x > drafting_from:
@@ -60,6 +58,13 @@ def check_forward(
         share = policy.row_share(x, size * len(layers))
         if share < 1:
             _check_chunks(x)
+    elif x == seen + 1:
+        warnings.warn(
+            f"{x} tokens follow {seen}: if they are the whole text again, as generate(use_cache=False) passes it, then "
+            "the model reads it twice; leave use_cache as it is",
+            DefensiveKVWarning,
+            stacklevel=4,
+        )
     elif first.store.tail_length == 0 and x == seen and not policy.budget.is_full:
         warnings.warn(
             f"{x} tokens follow a prompt of {x} tokens: if both are chunks of one prompt, then only the first has been "
@@ -67,6 +72,12 @@ def check_forward(
             DefensiveKVWarning,
             stacklevel=4,
         )
+
+
+def check_tokens(num_tokens: int) -> None:
+    """Raises InvalidInputError where a forward pass brings no tokens, which models trip over in ways of their own."""
+    if num_tokens == 0:
+        raise InvalidInputError("the prompt has no tokens: pass at least one")
 
 
 def _check_chunks(num_tokens: int) -> None:

@@ -81,7 +81,9 @@ class Context:
         question_ids = _encode(self.model, self.tokenizer, question + self._suffix, special=False, what="question")
         ids = torch.cat((self.document_ids, question_ids), dim=1)
         _check_length(self.model, ids.shape[1] + max_new_tokens, "document, question and answer")
-        options = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate_options}
+        # Some models' own generation settings name a kind of cache, which a cache that is passed contradicts.
+        defaults = {"do_sample": False, "max_new_tokens": max_new_tokens, "cache_implementation": None}
+        options = defaults | generate_options
         start = time.perf_counter()
         output = self.model.generate(
             ids, attention_mask=torch.ones_like(ids), **{CACHE_ARGUMENT: self.cache.fork()}, **options
