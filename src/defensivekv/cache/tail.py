@@ -16,16 +16,18 @@ class Tail:
     """Keys and values of recent tokens in buffers that double: appending a token copies nothing stored.
 
     key_buffer: (b, h, capacity, d).  value_buffer: (b, h, capacity, v).  used: tokens held.
+    is_writable: whether the buffers are this tail's own, and not tensors that somebody else may read.
     """
 
     key_buffer: Float[Tensor, "b h c d"]
     value_buffer: Float[Tensor, "b h c v"]
     used: int
+    is_writable: bool = False
 
     @classmethod
     def of(cls, keys: Keys, values: Values) -> "Tail":
-        """A tail that holds these tensors themselves."""
-        return cls(keys, values, keys.shape[2])
+        """A tail that holds these tensors themselves, or copies where they are views of something larger."""
+        return cls(_alone(keys), _alone(values), keys.shape[2])
 
     @property
     def keys(self) -> Keys:
@@ -45,10 +47,13 @@ class Tail:
     def append(self, keys: Keys, values: Values) -> None:
         """Adds tokens at the end; the buffers double when full."""
         end = self.used + keys.shape[2]
-        if end > self.key_buffer.shape[2]:
+        # Buffers made in inference mode cannot be written outside of it.
+        is_frozen = self.key_buffer.is_inference() and not torch.is_inference_mode_enabled()
+        if end > self.key_buffer.shape[2] or is_frozen or not self.is_writable:
             capacity = max(end, 2 * self.used, MIN_CAPACITY)
             self.key_buffer = _grown(self.keys, capacity)
             self.value_buffer = _grown(self.values, capacity)
+            self.is_writable = True
         self.key_buffer[:, :, self.used : end] = keys
         self.value_buffer[:, :, self.used : end] = values
         self.used = end
@@ -64,6 +69,11 @@ class Tail:
     def clone(self) -> "Tail":
         """A tail with buffers of its own."""
         return Tail.of(self.keys.clone(), self.values.clone())
+
+
+def _alone(tensor: Keys | Values) -> Tensor:
+    """The tensor, not keeping more storage alive than it needs itself."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 def _grown(held: Float[Tensor, "b h t d"], capacity: int) -> Float[Tensor, "b h c d"]:
