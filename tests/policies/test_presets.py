@@ -153,7 +153,7 @@ class SmallKeys:
     description = "small key norms"
 
     def __call__(self, row: dkv.Observation, window_size: int) -> Importance:
-        norms = row.keys[0, :, : row.num_tokens - window_size].float().norm(dim=-1)
+        norms: torch.Tensor = row.keys[0, :, : row.num_tokens - window_size].float().norm(dim=-1)
         return norms.reciprocal()[:, None, None]
 
 
