@@ -83,7 +83,7 @@ class MaskedModel:
             visible.fill_(True)
         kept = self.kept.get(self.sources.get(index, index))
         if kept is not None and t > self.num_tokens:
-            visible[..., : self.num_tokens] &= kept.repeat_interleave(b // len(kept), 0)[:, :, None]
+            visible[..., : self.num_tokens] &= kept.repeat_interleave(b // len(kept), 0)[:, :, None].to(key.device)
         assert scaling is not None
         output = masked_attention(query, key, value, visible, scaling, softcap, s_aux)
         return output.to(query.dtype).transpose(1, 2).contiguous(), None
