@@ -34,7 +34,8 @@ def test_the_quick_run_writes_settings_versions_and_samples(tmp_path: Path, caps
 def test_an_unknown_benchmark_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["nothing"])
-    assert all(name in capsys.readouterr().err for name in BENCHMARKS)
+    message = capsys.readouterr().err
+    assert all(name in message for name in BENCHMARKS)
 
 
 @pytest.mark.parametrize(("heads", "tokens", "budget"), [(8, 32768, 0.2), (2, 8, 1.0), (3, 100, 0.9), (5, 10, 0.1)])
