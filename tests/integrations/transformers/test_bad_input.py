@@ -337,12 +337,12 @@ def test_chunked_prefill_that_hides_nothing_from_the_policy_is_taken(
 
 
 def test_chunked_reading_of_a_later_turn_is_taken(model: PreTrainedModel) -> None:
-    ids = torch.cat((prompt(PROMPT), prompt(90, seed=1)), 1)
+    mask = torch.ones(1, PROMPT + 90, dtype=torch.long)
     outputs = []
     for options in ({}, {"prefill_chunk_size": 32}):
         cache = dkv.EvictingCache(model, "defensivekv", 0.3)
         _feed(model, cache, prompt(PROMPT))
-        outputs.append(_generate(model, ids, cache, do_sample=False, **options))
+        outputs.append(_generate(model, prompt(90, seed=1), cache, attention_mask=mask, do_sample=False, **options))
     assert torch.equal(*outputs)
 
 
