@@ -46,6 +46,15 @@ def test_importances_are_rounded_to_the_models_dtype() -> None:
     torch.testing.assert_close(scores, WindowAttention()(row, 2), rtol=0.1, atol=1e-3)
 
 
+def test_large_keys_do_not_overflow_float16_where_the_scaled_logits_do_not() -> None:
+    row = observation(Shape(1, 1, 2, 30, 64, 8), 0)
+    large = replace(row, queries=row.queries.sign() * 40, keys=row.keys.sign() * 40)
+    assert float((large.queries @ large.keys.mT).max()) < 65504 < 64 * 40 * 40
+    large.keys[0, 0, 7] = large.queries[0, 0, 0]
+    half = replace(large, queries=large.queries.half(), keys=large.keys.half(), values=large.values.half())
+    torch.testing.assert_close(WindowAttention()(half, 2), WindowAttention()(large, 2))
+
+
 def test_the_observation_is_left_as_it_was() -> None:
     row = observation(Shape(2, 2, 3, 20, 4, 4), 0)
     before = (row.queries.clone(), row.keys.clone())

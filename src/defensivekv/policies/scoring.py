@@ -45,8 +45,9 @@ class WindowAttention:
         h, t = row.num_heads, row.num_tokens
         if w < min(window_size, t):
             raise InvalidInputError(f"{w} queries do not fill the observation window of {window_size}: pass as many")
-        grouped = queries.reshape(h, q // h * w, d)
-        logits = (grouped @ row.keys[0].mT).mul_(row.softmax_scaling).float().view(h, q // h, w, t)
+        # Scaled first: products of large keys can exceed float16 where the model's own logits do not.
+        grouped = (queries * row.softmax_scaling).reshape(h, q // h * w, d)
+        logits = (grouped @ row.keys[0].mT).float().view(h, q // h, w, t)
         if row.softcap is not None:
             logits = torch.tanh(logits / row.softcap) * row.softcap
         future = torch.ones(w, w, dtype=torch.bool, device=logits.device).triu(1)
