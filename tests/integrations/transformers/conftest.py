@@ -1,3 +1,13 @@
-import torch
+import pytest
+from transformers import PreTrainedModel
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+import defensivekv as dkv
+from tests.integrations.transformers.models import tiny_model
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    """A small Llama, enabled."""
+    made = tiny_model("llama")
+    dkv.enable(made)
+    return made

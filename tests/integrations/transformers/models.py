@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from defensivekv.integrations.transformers.versions import CACHE_ARGUMENT
+
 VOCABULARY = 128
 
 _COMMON: dict[str, Any] = {
@@ -133,3 +135,18 @@ def prompt(num_tokens: int, *, rows: int = 1, seed: int = 0) -> torch.Tensor:
     """Random token ids (rows, num_tokens), none of them the pad 0."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, VOCABULARY, (rows, num_tokens), generator=generator)
+
+
+def feed(model: PreTrainedModel, cache: object, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    """Logits of a forward pass through the cache, without gradients."""
+    with torch.no_grad():
+        logits: torch.Tensor = model(ids, use_cache=True, **{CACHE_ARGUMENT: cache}, **inputs).logits
+    return logits
+
+
+def generate(model: PreTrainedModel, ids: torch.Tensor, cache: object = None, **options: Any) -> torch.Tensor:
+    """Four tokens unless the options say otherwise, with no pads; the cache is left to `generate()` if not given."""
+    given = {} if cache is None else {CACHE_ARGUMENT: cache}
+    defaults = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4}
+    output: torch.Tensor = model.generate(ids, **given, **(defaults | options))
+    return output

@@ -4,20 +4,12 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 import defensivekv as dkv
-from defensivekv.integrations.transformers.versions import CACHE_ARGUMENT
-from tests.integrations.transformers.models import prompt, tiny_model
+from tests.integrations.transformers.models import feed, prompt, tiny_model
 
 PROMPT = 240
-
-
-def _feed(model: PreTrainedModel, cache: dkv.EvictingCache, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        logits: Tensor = model(ids, use_cache=True, **{CACHE_ARGUMENT: cache}).logits
-    return logits
 
 
 def _enabled(architecture: str = "llama") -> PreTrainedModel:
@@ -28,7 +20,7 @@ def _enabled(architecture: str = "llama") -> PreTrainedModel:
 
 def _with_prompt(model: PreTrainedModel, rows: int = 1, policy: str = "layer-defensivekv") -> dkv.EvictingCache:
     cache = dkv.EvictingCache(model, policy, 0.3)
-    _feed(model, cache, prompt(PROMPT, rows=rows))
+    feed(model, cache, prompt(PROMPT, rows=rows))
     return cache
 
 
@@ -71,7 +63,7 @@ def test_before_the_prompt_nothing_is_told_as_kept() -> None:
 def test_the_logical_length_counts_what_was_evicted_and_the_mask_what_is_left() -> None:
     model = _enabled()
     cache = _with_prompt(model)
-    _feed(model, cache, prompt(7))
+    feed(model, cache, prompt(7))
     assert cache.get_seq_length() == PROMPT + 7
     assert cache.get_mask_sizes(5, 0) == (7 + 5, PROMPT)
     assert cache.batch_size == 1
@@ -99,11 +91,11 @@ def test_cropped_tokens_are_as_if_they_had_never_been(architecture: str) -> None
     model = _enabled(architecture)
     cache, plain = _with_prompt(model), _with_prompt(model)
     cache.activate_past_recording()
-    _feed(model, cache, prompt(9, seed=1))
+    feed(model, cache, prompt(9, seed=1))
     cache.crop(-4)
-    _feed(model, plain, prompt(9, seed=1)[:, :5])
+    feed(model, plain, prompt(9, seed=1)[:, :5])
     assert cache.get_seq_length() == PROMPT + 5
-    after = _feed(model, cache, prompt(3, seed=2)), _feed(model, plain, prompt(3, seed=2))
+    after = feed(model, cache, prompt(3, seed=2)), feed(model, plain, prompt(3, seed=2))
     torch.testing.assert_close(*after, atol=1e-5, rtol=0)
 
 
@@ -111,12 +103,12 @@ def test_a_crop_into_what_was_evicted_is_refused_and_changes_nothing() -> None:
     model = _enabled()
     cache, plain = _with_prompt(model), _with_prompt(model)
     for each in (cache, plain):
-        _feed(model, each, prompt(3, seed=1))
+        feed(model, each, prompt(3, seed=1))
     with pytest.raises(dkv.CacheError, match="only the last 3 came after the eviction"):
         cache.crop(-4)
     with pytest.raises(dkv.InvalidInputError, match="negative number"):
         cache.crop(PROMPT)
-    torch.testing.assert_close(_feed(model, cache, prompt(2)), _feed(model, plain, prompt(2)), atol=0, rtol=0)
+    torch.testing.assert_close(feed(model, cache, prompt(2)), feed(model, plain, prompt(2)), atol=0, rtol=0)
 
 
 def test_a_crop_past_what_a_sliding_layer_remembers_is_refused_and_changes_nothing() -> None:
@@ -124,23 +116,23 @@ def test_a_crop_past_what_a_sliding_layer_remembers_is_refused_and_changes_nothi
     dkv.enable(model)
     cache, plain = _with_prompt(model), _with_prompt(model)
     for each in (cache, plain):
-        _feed(model, each, prompt(3, seed=1))
+        feed(model, each, prompt(3, seed=1))
     with pytest.raises(dkv.CacheError, match="activate_past_recording"):
         cache.crop(-1)
-    torch.testing.assert_close(_feed(model, cache, prompt(2)), _feed(model, plain, prompt(2)), atol=0, rtol=0)
+    torch.testing.assert_close(feed(model, cache, prompt(2)), feed(model, plain, prompt(2)), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
 def test_a_reset_cache_takes_a_new_prompt_as_a_new_cache_does(architecture: str) -> None:
     model = _enabled(architecture)
     cache = dkv.EvictingCache(model, "layer-defensivekv", 0.3)
-    _feed(model, cache, prompt(PROMPT + 17, rows=2, seed=9))
-    _feed(model, cache, prompt(4, rows=2))
+    feed(model, cache, prompt(PROMPT + 17, rows=2, seed=9))
+    feed(model, cache, prompt(4, rows=2))
     cache.reset()
     assert (cache.get_seq_length(), cache.nbytes) == (0, 0)
     fresh = dkv.EvictingCache(model, "layer-defensivekv", 0.3)
     for ids in (prompt(PROMPT), prompt(5)):
-        torch.testing.assert_close(_feed(model, cache, ids), _feed(model, fresh, ids), atol=0, rtol=0)
+        torch.testing.assert_close(feed(model, cache, ids), feed(model, fresh, ids), atol=0, rtol=0)
     assert torch.equal(cache.lengths, fresh.lengths)
 
 
@@ -151,7 +143,7 @@ def test_a_reset_cache_takes_a_new_prompt_as_a_new_cache_does(architecture: str)
 def test_repeated_selected_and_reordered_rows_go_on_as_the_rows_they_came_from(architecture: str) -> None:
     model = _enabled(architecture)
     cache = _with_prompt(model, rows=3)
-    _feed(model, cache, prompt(4, rows=3, seed=1))
+    feed(model, cache, prompt(4, rows=3, seed=1))
     alone = cache.fork()
     cache.batch_repeat_interleave(2)  # 0 0 1 1 2 2
     cache.batch_select_indices(torch.tensor([0, 1, 2, 5]))  # 0 0 1 2
@@ -160,8 +152,8 @@ def test_repeated_selected_and_reordered_rows_go_on_as_the_rows_they_came_from(a
     rows = [2, 0, 2, 1]
     assert cache.batch_size == 4
     ids = prompt(3, rows=3, seed=2)
-    expected = _feed(model, alone, ids)[rows]
-    torch.testing.assert_close(_feed(model, cache, ids[rows]), expected, atol=1e-5, rtol=0)
+    expected = feed(model, alone, ids)[rows]
+    torch.testing.assert_close(feed(model, cache, ids[rows]), expected, atol=1e-5, rtol=0)
     assert torch.equal(cache.lengths, alone.lengths[:, rows])
     assert torch.equal(cache.kept_positions(0, 3, 1), alone.kept_positions(0, 1, 1))
     assert cache.report().entries_kept == int(cache.lengths.sum())
@@ -171,7 +163,7 @@ def test_the_batch_can_be_repeated_before_the_prompt_without_effect() -> None:
     model = _enabled()
     cache = dkv.EvictingCache(model, "defensivekv", 0.3)
     cache.batch_repeat_interleave(3)
-    _feed(model, cache, prompt(PROMPT))
+    feed(model, cache, prompt(PROMPT))
     assert cache.batch_size == 1
 
 
@@ -182,21 +174,21 @@ def test_the_batch_can_be_repeated_before_the_prompt_without_effect() -> None:
 def test_forks_and_their_origin_do_not_see_each_other(architecture: str) -> None:
     model = _enabled(architecture)
     cache = _with_prompt(model)
-    _feed(model, cache, prompt(3, seed=1))
+    feed(model, cache, prompt(3, seed=1))
     forks = [cache.fork(), copy.deepcopy(cache)]
     for seed, fork in enumerate(forks):
-        _feed(model, fork, prompt(6, seed=10 + seed))
+        feed(model, fork, prompt(6, seed=10 + seed))
     plain = _with_prompt(model)
-    _feed(model, plain, prompt(3, seed=1))
-    torch.testing.assert_close(_feed(model, cache, prompt(2)), _feed(model, plain, prompt(2)), atol=0, rtol=0)
+    feed(model, plain, prompt(3, seed=1))
+    torch.testing.assert_close(feed(model, cache, prompt(2)), feed(model, plain, prompt(2)), atol=0, rtol=0)
 
 
 def test_a_fork_taken_before_the_prompt_takes_a_prompt_of_its_own() -> None:
     model = _enabled()
     cache = dkv.EvictingCache(model, "layer-defensivekv", 0.3)
     fork = cache.fork()
-    _feed(model, cache, prompt(PROMPT))
-    _feed(model, fork, prompt(PROMPT + 20, seed=3))
+    feed(model, cache, prompt(PROMPT))
+    feed(model, fork, prompt(PROMPT + 20, seed=3))
     assert fork.report().prompt_tokens == (PROMPT + 20,)
     assert cache.report().prompt_tokens == (PROMPT,)
 
@@ -205,6 +197,6 @@ def test_a_fork_outlives_its_origin() -> None:
     model = _enabled()
     cache = _with_prompt(model)
     fork = cache.fork()
-    expected = _feed(model, cache, prompt(4))
+    expected = feed(model, cache, prompt(4))
     del cache
-    torch.testing.assert_close(_feed(model, fork, prompt(4)), expected, atol=0, rtol=0)
+    torch.testing.assert_close(feed(model, fork, prompt(4)), expected, atol=0, rtol=0)
