@@ -29,7 +29,8 @@ def tail_partial(
     output, log_sum = _flash(queries, keys, values, scaling, mask)
     if mask is None:
         return Partial(output, log_sum)
-    empty = ~torch.isfinite(log_sum)
+    # The kernel's log-sum-exp of a row that sees nothing is 0.
+    empty = torch.isneginf(mask).all(-1).expand_as(log_sum)
     return Partial(output.masked_fill(empty.unsqueeze(-1), 0.0), log_sum.masked_fill(empty, float("-inf")))
 
 

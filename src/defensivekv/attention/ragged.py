@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from defensivekv.attention import flash_cpu, matmul
-from defensivekv.attention.partial import merge, pack, unpack
+from defensivekv.attention.partial import Partial, merge, pack, unpack
 from defensivekv.attention.prefix import prefix_partial
 from defensivekv.cache import PrefixView
 from defensivekv.errors import InvalidInputError
@@ -58,16 +58,20 @@ def attend(
     if backend == "flash-cpu" and not can_flash:
         raise InvalidInputError("backend 'flash-cpu' needs CPU tensors, equal key and value heads and no softcap")
     flash = can_flash and backend != "matmul"
-    if flash:
+    parts: list[Partial] = []
+    if t and flash:
         mask = _additive(visible, x, packed, t)
-        parts = [flash_cpu.tail_partial(packed, tail_keys, tail_values, scaling, mask)]
-    else:
-        mask = causal_mask(x, t, queries.device) if visible is None else visible
-        parts = [matmul.tail_partial(packed.unflatten(2, (-1, x)), tail_keys, tail_values, scaling, softcap, mask)]
+        parts.append(flash_cpu.tail_partial(packed, tail_keys, tail_values, scaling, mask))
+    elif t:
+        seen = causal_mask(x, t, queries.device) if visible is None else visible
+        grouped = packed.unflatten(2, (-1, x))
+        parts.append(matmul.tail_partial(grouped, tail_keys, tail_values, scaling, softcap, seen))
     if view is not None:
         products = not flash or (backend == "auto" and _suits_matmul(packed, view))
         kernel = matmul.prefix_kernel(scaling, softcap) if products else flash_cpu.prefix_kernel(scaling)
         parts.append(prefix_partial(packed, view, kernel))
+    if not parts:
+        return queries.new_zeros(*queries.shape[:3], tail_values.shape[-1])
     return unpack(merge(parts, group_sinks), x).to(queries.dtype)
 
 
