@@ -17,7 +17,8 @@ OTHER_WEIGHT = 0.1
 QUESTION_WIDTHS = (1, 1, 1, 1, 2, 3, 4)
 """How many needles each needle question of a row asks for; the same for all rows, so that they share a mask."""
 
-_WIDEST = max(QUESTION_WIDTHS)
+FEW_SHARE, FEW_WIDTHS = 0.15, (1, 1, 1, 1)
+"""Batches of documents with one to three needles, which are asked for one at a time."""
 
 NUM_CHAIN_QUESTIONS = 2
 CHAIN_SHARE = 0.5
@@ -46,11 +47,12 @@ class Batch:
 def document_batch(rng: Random, num_rows: int, num_tokens: int, max_keys: int) -> Batch:
     """Documents of `num_tokens` tokens with questions of every kind that fit."""
     with_chains = rng.random() < CHAIN_SHARE
-    with_several = (num_tokens >= 128 or not with_chains) and rng.random() < 0.5
+    with_few = rng.random() < FEW_SHARE
+    with_several = not with_few and (num_tokens >= 128 or not with_chains) and rng.random() < 0.5
     ids, kinds = [], []
     lengths: list[int] = []
     for _ in range(num_rows):
-        document, questions = _document_row(rng, num_tokens, max_keys, with_chains, with_several)
+        document, questions = _document_row(rng, num_tokens, 3 if with_few else max_keys, with_chains, with_several)
         words, row_kinds = list(document.words), [OTHER] * num_tokens
         for position in document.recalled:
             row_kinds[position] = VALUE
@@ -99,14 +101,15 @@ def _document_row(
     chains = draw_chains(rng, rng.randint(1, 1 + min(2, num_tokens // 128))) if with_chains else []
     num_recalls = rng.randint(0, min(6, num_tokens // 100))
     room = num_tokens - 1 - 8 * num_recalls - _CHAIN_WORDS * len(chains)
-    fitting = (room - 7 * _WIDEST) // 24
+    widths = FEW_WIDTHS if max_keys < max(QUESTION_WIDTHS) else QUESTION_WIDTHS
+    fitting = (room - 7 * max(widths)) // 24
     num_several = rng.randint(1, max(1, min(max_keys // 6, fitting))) if with_several else 0
     most = min(max_keys, (room - 24 * num_several) // 7)
-    num_single = rng.randint(max(_WIDEST, most // 3), max(_WIDEST, most))
+    num_single = rng.randint(max(*widths, most // 3), max(*widths, most))
     needles = draw_needles(rng, num_several + num_single, num_several, similar=rng.random() < 0.4)
     document = write_document(rng, num_tokens, needles, chains, num_recalls)
     several, single = needles[: 3 * num_several], needles[3 * num_several :]
-    questions = [ask_needles(rng.sample(single, width), "multi_query") for width in QUESTION_WIDTHS]
+    questions = [ask_needles(rng.sample(single, width), "multi_query") for width in widths]
     if several:
         first = 3 * rng.randrange(num_several)
         questions[0] = ask_needles([rng.choice(several)], "multi_value")
