@@ -112,7 +112,7 @@ def _document_row(
     questions = [ask_needles(rng.sample(single, width), "multi_query") for width in widths]
     if several:
         first = 3 * rng.randrange(num_several)
-        questions[0] = ask_needles([rng.choice(several)], "multi_value")
+        questions[:2] = [ask_needles([rng.choice(several)], "multi_value") for _ in range(2)]
         questions[QUESTION_WIDTHS.index(3)] = ask_needles(several[first : first + 3], "multi_value")
     return document, questions + [ask_chain(rng.choice(chains)) for _ in range(NUM_CHAIN_QUESTIONS if chains else 0)]
 
