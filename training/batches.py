@@ -67,14 +67,15 @@ def document_batch(rng: Random, num_rows: int, num_tokens: int, max_keys: int) -
     return _batch(ids, kinds, num_tokens, lengths)
 
 
-def recall_batch(rng: Random, num_rows: int, num_tokens: int = 72) -> Batch:
+def recall_batch(rng: Random, num_rows: int, ordinal_share: float = 0.2, num_tokens: int = 72) -> Batch:
     """Multi-query associative recall: keys and values over and over in changing order, no filler (arXiv 2312.04927).
 
-    Dense in what is to be learned, which is what makes retrieval emerge early.
+    Dense in what is to be learned, which is what makes retrieval emerge early. ordinal_share: of rows whose keys have
+    several values each, the hardest kind.
     """
     ids, kinds = [], []
     for _ in range(num_rows):
-        cells = _recall_cells(rng)
+        cells = _recall_cells(rng, ordinal_share)
         words, row_kinds, is_first = [BOS], [OTHER], True
         while len(words) < num_tokens:
             rng.shuffle(cells)
@@ -117,19 +118,19 @@ def _document_row(
     return document, questions + [ask_chain(rng.choice(chains)) for _ in range(NUM_CHAIN_QUESTIONS if chains else 0)]
 
 
-def _recall_cells(rng: Random) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+def _recall_cells(rng: Random, ordinal_share: float) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
     """Keys and values of every kind that documents have: numbers by phrases, variables by numbers and by variables."""
-    kind = rng.random()
-    if kind < 0.2:
+    kind = rng.random() / (1 - ordinal_share)
+    if kind < 3 / 8:
         keys = rng.sample(NOUNS + VARIABLES, rng.randint(3, 10))
-        values = VARIABLES if kind < 0.1 else NUMBERS
+        values = VARIABLES if kind < 1 / 8 else NUMBERS
         return [((key,), (rng.choice(values),)) for key in keys]
-    if kind < 0.3:
+    if kind < 5 / 8:
         numbers = sorted({(rng.choice(NUMBERS[:10]), rng.choice(NUMBERS)) for _ in range(rng.randint(3, 7))})
         return [(pair, (rng.choice(VARIABLES),)) for pair in numbers]
     nouns = rng.sample(NOUNS, rng.randint(2, 4))
     pairs = sorted({(rng.choice(ADJECTIVES), rng.choice(nouns)) for _ in range(rng.randint(3, 7))})
-    if kind < 0.5:
+    if kind < 1:
         return [(pair, (rng.choice(NUMBERS), rng.choice(NUMBERS))) for pair in pairs]
     return [
         ((ordinal, *pair), (rng.choice(NUMBERS), rng.choice(NUMBERS))) for pair in pairs[:2] for ordinal in ORDINALS

@@ -115,9 +115,9 @@ def _print_table(cells: list["Cell"], documents: int, tokens: int, console: Cons
     from defensivekv.needleworld import TASKS
 
     full = cells[0]
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=0)
     table.add_column("policy", no_wrap=True)
-    for title in ("budget", "found", "95 % int.", "KV held", "of full", "a token", "of full"):
+    for title in ("budget", "found", "interval", "KV held", "of full", "a token", "of full"):
         table.add_column(title, justify="right", no_wrap=True)
     for cell in cells:
         score = cell.accuracy
@@ -125,20 +125,20 @@ def _print_table(cells: list["Cell"], documents: int, tokens: int, console: Cons
             cell.policy,
             f"{cell.budget:.0%}",
             f"{score.mean:.1%}",
-            f"{100 * score.low:.0f} to {100 * score.high:.0f}",
+            f"{100 * score.low:.0f} - {100 * score.high:.0f}",
             format_bytes(round(cell.cache_bytes)),
             f"{cell.cache_bytes / full.cache_bytes:.1%}",
             f"{1e3 * cell.token_seconds:.2f} ms",
-            f"x {cell.token_seconds / full.token_seconds:.2f}",
+            f"x{cell.token_seconds / full.token_seconds:.2f}",
             end_section=cell.budget in (1.0, BUDGETS[-1]),
         )
     console.print(table)
     _print_text(
         console,
         f"{documents} documents of {tokens} tokens for each of {', '.join(TASKS)}; compressed before any question is "
-        "seen; greedy. Found: the share of the values asked for that stand in the answer. KV held: for one document, "
-        "positions counted. A token: the median decoding step. The model is tiny, so a step's time is that of Python "
-        "and not of memory; `make bench` measures speed at real sizes.",
+        "seen; greedy. Found: the share of the values asked for that stand in the answer, with its 95 % interval over "
+        "documents. KV held: for one document, positions counted. A token: the median decoding step. The model is "
+        "tiny, so a step's time is that of Python and not of memory; `make bench` measures speed at real sizes.",
     )
     console.print()
 
