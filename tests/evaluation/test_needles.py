@@ -82,5 +82,5 @@ def test_a_suite_of_no_documents_is_refused() -> None:
 
 
 def test_a_budget_that_is_no_share_is_refused(packaged: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
-    with pytest.raises(dkv.InvalidInputError, match="no share"):
+    with pytest.raises(dkv.InvalidInputError, match="not a share"):
         evaluate_cell(*packaged, make_suite(1, num_tokens=TOKENS), dkv.policy("snapkv", 128))
