@@ -33,7 +33,7 @@ SHOWN_BUDGET = 0.2
 
 
 def demo(
-    documents: Annotated[int, typer.Option(min=1, help="Documents of each task.")] = 8,
+    documents: Annotated[int, typer.Option(min=1, help="Documents of each task.")] = 6,
     tokens: Annotated[int, typer.Option(min=512, max=2048, help="Tokens of a document.")] = 1024,
     seed: Annotated[int, typer.Option(help="Seed of the documents.")] = 1,
     output: Annotated[Path, typer.Option(help="Folder for the picture and the figures.")] = Path("demo-output"),
