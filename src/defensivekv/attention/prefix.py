@@ -79,7 +79,6 @@ def _by_block(
         piece_keys = keys.index_select(0, blocks.piece_rows).view(-1, size, keys.shape[-1])
         piece_values = values.index_select(0, blocks.piece_rows).view(-1, size, values.shape[-1])
         parts.append(kernel(block_queries[count:], piece_keys, piece_values, blocks.piece_visible))
-    output = torch.cat([part[0] for part in parts]).float()
     log_sum = torch.cat([part[1] for part in parts])
 
     shape = queries.shape[:2]
@@ -87,8 +86,10 @@ def _by_block(
     highest.scatter_reduce_(0, owners[:, None].expand_as(log_sum), log_sum, "amax")
     weights = (log_sum - highest.nan_to_num(neginf=0.0).index_select(0, owners)).exp_()
     total = log_sum.new_zeros(shape).index_add_(0, owners, weights)
-    merged = output.new_zeros(*shape, output.shape[-1])
-    merged.index_add_(0, owners, output.mul_(weights.unsqueeze(-1)))
+    merged = log_sum.new_zeros(*shape, values.shape[-1])
+    sizes = [len(part[1]) for part in parts]
+    for (output, _), owner, weight in zip(parts, owners.split(sizes), weights.split(sizes), strict=True):
+        merged.index_add_(0, owner, output.float().mul_(weight.unsqueeze(-1)))
     merged /= total.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
     return merged, highest + total.log()
 
