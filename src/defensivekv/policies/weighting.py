@@ -119,4 +119,4 @@ def value_norms(row: Observation) -> Float[Tensor, "h t"]:
 
 def _chunk_elements(device: torch.device) -> int:
     """Products at a time: as many as stay in the cores' caches until they are summed up; on a GPU, few launches."""
-    return 2**19 * torch.get_num_threads() if device.type == "cpu" else 2**25
+    return 2**20 * torch.get_num_threads() if device.type == "cpu" else 2**25
