@@ -20,9 +20,6 @@ QUESTION_WIDTHS = (1, 1, 1, 1, 2, 3, 4)
 FEW_SHARE, FEW_WIDTHS = 0.15, (1, 1, 1, 1)
 """Batches of documents with one to three needles, which are asked for one at a time."""
 
-SEVERAL_SHARE = 0.65
-"""Of the other batches with room for it: documents in which some keys have three values each, the hardest kind."""
-
 NUM_CHAIN_QUESTIONS = 2
 CHAIN_SHARE = 0.5
 _CHAIN_WORDS = 13
@@ -51,7 +48,7 @@ def document_batch(rng: Random, num_rows: int, num_tokens: int, max_keys: int) -
     """Documents of `num_tokens` tokens with questions of every kind that fit."""
     with_chains = rng.random() < CHAIN_SHARE
     with_few = rng.random() < FEW_SHARE
-    with_several = not with_few and (num_tokens >= 128 or not with_chains) and rng.random() < SEVERAL_SHARE
+    with_several = not with_few and (num_tokens >= 128 or not with_chains) and rng.random() < 0.5
     ids, kinds = [], []
     lengths: list[int] = []
     for _ in range(num_rows):
@@ -116,7 +113,7 @@ def _document_row(
     questions = [ask_needles(rng.sample(single, width), "multi_query") for width in widths]
     if several:
         first = 3 * rng.randrange(num_several)
-        questions[:3] = [ask_needles([rng.choice(several)], "multi_value") for _ in range(3)]
+        questions[:2] = [ask_needles([rng.choice(several)], "multi_value") for _ in range(2)]
         questions[QUESTION_WIDTHS.index(3)] = ask_needles(several[first : first + 3], "multi_value")
     return document, questions + [ask_chain(rng.choice(chains)) for _ in range(NUM_CHAIN_QUESTIONS if chains else 0)]
 

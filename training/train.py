@@ -49,9 +49,9 @@ STAGES = (
     Stage(256, 16, 9, 500),
     Stage(512, 24, 6, 400),
     Stage(1024, 32, 3, 400),
-    Stage(2048, 40, 2, 1200, accuracy=2.0),
+    Stage(2048, 40, 2, 650, accuracy=2.0),
 )
-DECAY_STEPS = 500
+DECAY_STEPS = 400
 """The learning rate falls linearly over the last steps of the last stage; the sink is trained in it."""
 
 
