@@ -44,15 +44,29 @@ class Batch:
         return torch.where(self.kinds == OTHER, OTHER_WEIGHT, 1.0)
 
 
-def document_batch(rng: Random, num_rows: int, num_tokens: int, max_keys: int) -> Batch:
+@dataclass(frozen=True)
+class Mix:
+    """Which kinds of documents there are.
+
+    several_share: of those with room for it, documents in which some keys have three values each, the hardest kind.
+    similar_share: of all, documents whose keys share few nouns.
+    """
+
+    several_share: float = 0.5
+    similar_share: float = 0.4
+
+
+def document_batch(rng: Random, num_rows: int, num_tokens: int, max_keys: int, mix: Mix | None = None) -> Batch:
     """Documents of `num_tokens` tokens with questions of every kind that fit."""
+    mix = mix or Mix()
     with_chains = rng.random() < CHAIN_SHARE
     with_few = rng.random() < FEW_SHARE
-    with_several = not with_few and (num_tokens >= 128 or not with_chains) and rng.random() < 0.5
+    with_several = not with_few and (num_tokens >= 128 or not with_chains) and rng.random() < mix.several_share
     ids, kinds = [], []
     lengths: list[int] = []
     for _ in range(num_rows):
-        document, questions = _document_row(rng, num_tokens, 3 if with_few else max_keys, with_chains, with_several)
+        keys = 3 if with_few else max_keys
+        document, questions = _document_row(rng, num_tokens, keys, with_chains, with_several, mix.similar_share)
         words, row_kinds = list(document.words), [OTHER] * num_tokens
         for position in document.recalled:
             row_kinds[position] = VALUE
@@ -97,7 +111,7 @@ def _reply_kinds(question: Question) -> list[int]:
 
 
 def _document_row(
-    rng: Random, num_tokens: int, max_keys: int, with_chains: bool, with_several: bool
+    rng: Random, num_tokens: int, max_keys: int, with_chains: bool, with_several: bool, similar_share: float
 ) -> tuple[Document, list[Question]]:
     chains = draw_chains(rng, rng.randint(1, 1 + min(2, num_tokens // 128))) if with_chains else []
     num_recalls = rng.randint(0, min(6, num_tokens // 100))
@@ -107,7 +121,7 @@ def _document_row(
     num_several = rng.randint(1, max(1, min(max_keys // 6, fitting))) if with_several else 0
     most = min(max_keys, (room - 24 * num_several) // 7)
     num_single = rng.randint(max(*widths, most // 3), max(*widths, most))
-    needles = draw_needles(rng, num_several + num_single, num_several, similar=rng.random() < 0.4)
+    needles = draw_needles(rng, num_several + num_single, num_several, similar=rng.random() < similar_share)
     document = write_document(rng, num_tokens, needles, chains, num_recalls)
     several, single = needles[: 3 * num_several], needles[3 * num_several :]
     questions = [ask_needles(rng.sample(single, width), "multi_query") for width in widths]

@@ -62,3 +62,18 @@ def test_bad_input_is_refused_with_what_to_do(document: str, arguments: list[str
 def test_an_empty_document_is_refused() -> None:
     result = runner.invoke(app, ["ask", "--context", "-", "--question", "why"], input="  \n")
     assert isinstance(result.exception, dkv.InvalidInputError)
+
+
+def test_what_is_not_utf8_is_refused() -> None:
+    result = runner.invoke(app, ["ask", "--context", "-", "--question", "why"], input=b"caf\xe9")
+    assert isinstance(result.exception, dkv.InvalidInputError)
+    result = runner.invoke(app, ["ask", "--context", "-", "--question", "caf\udce9"], input="text")
+    assert isinstance(result.exception, dkv.InvalidInputError)
+
+
+def test_a_model_folder_that_is_broken_is_refused(tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text("{}")
+    result = runner.invoke(app, ["ask", str(tmp_path), "--context", "-", "--question", "why"], input="text")
+    assert isinstance(result.exception, dkv.InvalidInputError)
+    assert "cannot load" in str(result.exception)

@@ -1,5 +1,5 @@
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import floor
 
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import defensivekv as dkv
+from defensivekv.policies.aggregation import Mean
 from tests.policies import oracle
 from tests.policies.cases import Shape, normal, observation, padded, seeds, shapes
 
@@ -228,3 +229,29 @@ def test_layers_that_are_not_of_one_prompt_are_refused() -> None:
     for other in (observation(Shape(2, 2, 4, 61, 5, 5), 0), observation(Shape(2, 2, 4, 60, 5, 5), 0, rows=2)):
         with pytest.raises(dkv.InvalidInputError, match="differ in batch or tokens"):
             policy.select([layer, other])
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A scorer of one's own that gives what it is told to."""
+
+    importance: Tensor
+    description = "given"
+
+    def __call__(self, row: dkv.Observation, window_size: int) -> Tensor:
+        return self.importance
+
+
+def test_minus_infinity_is_a_low_score_and_no_pad() -> None:
+    importance = torch.rand(2, 1, 1, 268)
+    importance[0, ..., :100] = float("-inf")
+    policy = replace(dkv.policy("snapkv", 0.5), scorer=_Scored(importance), aggregation=Mean(1))
+    (kept,) = policy.select([observation(Shape(h=2, g=1, w=32, t=300, d=8, v=8), seed=0)])
+    assert kept.sum(-1).tolist() == [[150, 150]]
+
+
+@pytest.mark.parametrize("importance", [torch.rand(3, 1, 1, 268), torch.rand(2, 1, 1, 301)])
+def test_scores_of_other_shapes_are_refused(importance: Tensor) -> None:
+    policy = replace(dkv.policy("snapkv", 0.5), scorer=_Scored(importance), aggregation=Mean(1))
+    with pytest.raises(dkv.InvalidInputError, match="scored"):
+        policy.select([observation(Shape(h=2, g=1, w=32, t=300, d=8, v=8), seed=0)])

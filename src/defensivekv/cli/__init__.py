@@ -4,6 +4,7 @@ import sys
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from defensivekv.cli.ask import ask
 from defensivekv.cli.demo import demo
@@ -26,5 +27,5 @@ def main() -> None:
     try:
         app()
     except DefensiveKVError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         sys.exit(2)

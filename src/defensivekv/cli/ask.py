@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from defensivekv.budget import Budget, format_bytes
+from defensivekv.budget import format_bytes
 from defensivekv.errors import InvalidInputError
 from defensivekv.policies import policy as make_policy
 
@@ -20,7 +20,9 @@ def ask(
     context: Annotated[str, typer.Option(help="Text file with the document; '-' reads standard input.")] = "",
     question: Annotated[list[str] | None, typer.Option(help="A question; give the option again for more.")] = None,
     policy: Annotated[str, typer.Option(help="See `defensivekv policies`.")] = "layer-defensivekv",
-    budget: Annotated[str, typer.Option(help="What to keep: 0.2, 20%, 1024 (entries per head) or 64MiB.")] = "0.2",
+    budget: Annotated[
+        str | None, typer.Option(help="What to keep: 0.2 (the default), 20%, 1024 (entries per head) or 64MiB.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
@@ -31,9 +33,12 @@ def ask(
 ) -> None:
     """Compress a document once and answer each question from what is kept of its cache."""
     console = Console()
-    chosen = make_policy(policy, None if policy == "full" else Budget.parse(budget))
+    chosen = make_policy(policy, budget or (None if policy == "full" else "0.2"))
     if not question:
         raise InvalidInputError("no question: give --question at least once")
+    for number, text in enumerate(question, start=1):
+        if not text.strip() or any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise InvalidInputError(f"question {number} is empty or not UTF-8")
     if template not in ("auto", "chat", "plain"):
         raise InvalidInputError(f"unknown template {template!r}: use auto, chat or plain")
     document = read_document(context)
@@ -50,7 +55,7 @@ def ask(
     console.print(
         f"document   {compressed.num_tokens} tokens read in {compressed.prefill_seconds:.2f} s "
         f"({compressed.num_tokens / compressed.prefill_seconds:,.0f} tokens/s, compression included)\n"
-        f"cache      {format_bytes(report.nbytes)} held of {format_bytes(report.full_bytes)}: "
+        f"cache      {format_bytes(report.evicted_nbytes)} held of {format_bytes(report.full_bytes)}: "
         f"{report.achieved:.1%} of the entries kept by {escape(report.policy)}, budget {escape(report.budget)}",
         highlight=False,
     )
@@ -71,7 +76,7 @@ def read_document(source: str) -> str:
     if not source:
         raise InvalidInputError("no document: give --context FILE, or --context - for standard input")
     try:
-        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+        text = (sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInputError(f"cannot read {source!r} as text: {error}") from error
     if not text.strip():

@@ -30,8 +30,8 @@ def load_model(
             model = AutoModelForCausalLM.from_pretrained(
                 source, dtype=_DTYPES[dtype], trust_remote_code=trust_remote_code
             )
-        except (OSError, ValueError) as error:
-            raise InvalidInputError(f"cannot load {source!r}: {error}") from error
+        except Exception as error:  # broken files fail in many ways
+            raise InvalidInputError(f"cannot load {source!r}: {type(error).__name__}: {error}") from error
     return model.to(place).eval(), tokenizer
 
 

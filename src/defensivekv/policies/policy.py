@@ -150,6 +150,13 @@ class Policy:
             scores = self.weighting(scores, mean, row, share)
         if bool(torch.isnan(scores.sum())):
             raise InvalidInputError("scores hold NaN: the window's attention or the value norms overflowed")
+        if scores.shape[0] != row.num_heads or scores.shape[-1] > row.num_tokens or not scores.is_floating_point():
+            raise InvalidInputError(
+                f"policy {self.name!r} scored {tuple(scores.shape)} {scores.dtype}: a scorer gives floating (heads, "
+                f"groups, queries, entries) for the first of {row.num_heads} heads' {row.num_tokens} entries"
+            )
+        # -inf is kept for pads.
+        scores = scores.clamp_min(torch.finfo(scores.dtype).min)
         window = row.num_tokens - scores.shape[-1]
         top = float("inf") if self.protect_window else float(scores.max())
         return torch.nn.functional.pad(scores, (0, window), value=top)

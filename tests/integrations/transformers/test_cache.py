@@ -200,3 +200,30 @@ def test_a_fork_outlives_its_origin() -> None:
     expected = feed(model, cache, prompt(4))
     del cache
     torch.testing.assert_close(feed(model, fork, prompt(4)), expected, atol=0, rtol=0)
+
+
+def test_the_report_follows_the_rows_of_the_batch() -> None:
+    model = tiny_model("llama")
+    dkv.enable(model)
+    cache = dkv.EvictingCache(model, "snapkv", 0.5)
+    mask = torch.ones(2, 200, dtype=torch.long)
+    mask[0, :100] = 0
+    feed(model, cache, prompt(200, rows=2), attention_mask=mask)
+    full = cache.report().full_bytes
+    cache.batch_select_indices(torch.tensor([1]))
+    assert (cache.report().prompt_tokens, cache.report().achieved) == ((200,), 0.5)
+    assert cache.report().full_bytes == full * 200 // 300
+    cache.batch_repeat_interleave(3)
+    assert (cache.report().prompt_tokens, cache.report().achieved) == ((200,) * 3, 0.5)
+    assert cache.report().kept_whole == (False,) * 3
+
+
+def test_bytes_of_stock_layers_are_told_apart_from_what_the_budget_is_about() -> None:
+    model = tiny_model("gpt_oss")
+    dkv.enable(model)
+    cache = dkv.EvictingCache(model, "snapkv", 0.2)
+    feed(model, cache, prompt(300))
+    report = cache.report()
+    assert report.evicted_nbytes == report.full_bytes * 0.2
+    assert report.nbytes > report.evicted_nbytes
+    assert "more in layers that are not evicted" in str(report)

@@ -93,6 +93,25 @@ def test_options_of_generate_are_passed_on(model: PreTrainedModel) -> None:
     assert (with_details.text, with_details.new_tokens) == (beams.text, 4)
 
 
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
+def test_beams_read_the_document_as_the_stock_models_do(model: PreTrainedModel, options: dict[str, int]) -> None:
+    context = dkv.compress(model, _tokenizer(), DOCUMENT, "snapkv", 1.0)
+    answer = context.ask("w7", max_new_tokens=6, **options)
+    ids = torch.cat(
+        (context.document_ids, torch.tensor([_tokenizer()("w7", add_special_tokens=False)["input_ids"]])), 1
+    )
+    dkv.disable(model)
+    stock = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=6,
+        cache_implementation=None,
+        **options,
+    )
+    assert answer == _tokenizer().decode(stock[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
 def test_a_kind_of_cache_that_the_models_own_settings_name_is_no_obstacle(model: PreTrainedModel) -> None:
     model.generation_config.cache_implementation = "static"
     assert dkv.compress(model, _tokenizer(), DOCUMENT, "snapkv", 0.3).answer("w7", max_new_tokens=4).new_tokens == 4

@@ -89,6 +89,12 @@ def test_chunked_prefill_is_refused_by_name(model: PreTrainedModel) -> None:
     assert cache.get_seq_length() == 0
 
 
+def test_chunks_too_small_to_be_evicted_from_are_refused_too(model: PreTrainedModel) -> None:
+    cache = dkv.EvictingCache(model, "defensivekv", 0.11)
+    with pytest.raises(dkv.InvalidInputError, match="prefill_chunk_size=20 would show"):
+        generate(model, prompt(PROMPT), cache, prefill_chunk_size=20)
+
+
 @pytest.mark.parametrize(("budget", "size"), [(1.0, 64), (0.3, PROMPT), (0.3, 10**6)])
 def test_chunked_prefill_that_hides_nothing_from_the_policy_is_taken(
     model: PreTrainedModel, budget: float, size: int
@@ -148,3 +154,37 @@ def test_with_an_evicting_cache_or_without_any_there_is_nothing_to_point_out(mod
             model(prompt(PROMPT))
         dkv.disable(model)
         generate(model, prompt(PROMPT))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_batch_of_other_rows_than_the_cache_holds_is_refused(model: PreTrainedModel, rows: int) -> None:
+    cache = dkv.EvictingCache(model, "layer-defensivekv", 0.3)
+    feed(model, cache, prompt(300, rows=2))
+    with pytest.raises(dkv.CacheError, match="batch_repeat_interleave"):
+        feed(model, cache.fork(), prompt(6, rows=rows))
+    with pytest.raises(dkv.CacheError, match="batch_repeat_interleave"):
+        feed(model, cache.fork(), prompt(1, rows=rows))
+
+
+def test_one_prompt_repeated_answers_several_questions(model: PreTrainedModel) -> None:
+    cache = dkv.EvictingCache(model, "layer-defensivekv", 0.3)
+    feed(model, cache, prompt(300))
+    questions = prompt(6, rows=3, seed=1)
+    alone = torch.cat([feed(model, cache.fork(), question[None]) for question in questions])
+    many = cache.fork()
+    many.batch_repeat_interleave(3)
+    torch.testing.assert_close(feed(model, many, questions), alone, rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_is_refused_by_name(model: PreTrainedModel) -> None:
+    cache = dkv.EvictingCache(model, "snapkv", 0.3)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(dkv.InvalidInputError, match="autocast"):
+        feed(model, cache, prompt(300))
+
+
+def test_a_change_of_dtype_between_turns_is_refused(model: PreTrainedModel) -> None:
+    cache = dkv.EvictingCache(model, "snapkv", 0.3)
+    feed(model, cache, prompt(300))
+    model.bfloat16()
+    with pytest.raises(dkv.CacheError, match="dtype"):
+        feed(model, cache, prompt(3))

@@ -14,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from defensivekv.attention import attend
+from defensivekv.attention.ragged import causal_mask
 from defensivekv.cache import PrefixView
 from defensivekv.errors import DefensiveKVWarning, InvalidInputError, UnsupportedModelError
 
@@ -104,11 +105,42 @@ def _dense(
     **kwargs: Any,
 ) -> Tensor:
     if softcap is not None or sinks is not None:
+        if dropout or (mask is not None and mask.is_floating_point()) or _needs_gradient(query, key, value, sinks):
+            return _differentiable(query, key, value, mask, dropout, scaling, softcap, sinks)
         return _read(None, query, key, value, mask, scaling, softcap, sinks)
     output: Tensor = sdpa_attention_forward(
         module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
     )[0]
     return output
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _differentiable(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """What models with softcaps or sinks compute by themselves, for training an enabled model without a cache."""
+    groups, x = query.shape[1] // key.shape[1], query.shape[2]
+    logits = query @ key.repeat_interleave(groups, 1).mT * scaling
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    if mask is None:
+        mask = causal_mask(x, key.shape[2], query.device)
+    logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min) if mask.dtype == torch.bool else logits + mask
+    if sinks is not None:
+        logits = torch.cat((logits, sinks.to(logits.dtype).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)), -1)
+    weights = logits.softmax(-1, dtype=torch.float32)[..., : key.shape[2]].to(value.dtype)
+    weights = nn.functional.dropout(weights, dropout)
+    return (weights @ value.repeat_interleave(groups, 1)).transpose(1, 2).contiguous()
 
 
 def _read(

@@ -164,6 +164,7 @@ class EvictingCache(Cache):
                 forked = EvictedLayer(twin, index)
                 forked.store = layer.store.fork()
                 forked.awaits_prompt, forked.is_initialized = layer.awaits_prompt, layer.is_initialized
+                forked.dtype = layer.dtype
                 twin.layers.append(forked)
             else:
                 twin.layers.append(copy.deepcopy(layer))
@@ -206,13 +207,16 @@ class EvictingCache(Cache):
                 view = layer.store.view
                 lengths = tuple(view.prefix.lengths[row] for row in view.rows)
             layers.append(LayerReport(index, plan.kind, plan.evicted, bool(lengths), lengths, _layer_bytes(layer)))
+        decision, first = self._decision, self._evicted[0].store.view
+        rows = tuple(range(len(decision.rows))) if first is None else first.rows
+        tokens = tuple(decision.rows[row] for row in rows)
         return CacheReport(
             policy=self.policy.name,
             budget=str(self.policy.budget),
             layers=tuple(layers),
-            prompt_tokens=self._decision.rows,
-            kept_whole=tuple(share >= 1 for share in self._decision.shares),
-            full_bytes=self._decision.bytes_per_token * sum(self._decision.rows),
+            prompt_tokens=tokens,
+            kept_whole=tuple(decision.shares[row] >= 1 for row in rows),
+            full_bytes=decision.bytes_per_token * sum(tokens),
         )
 
 

@@ -4,6 +4,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -42,6 +43,7 @@ def check_forward(
     seen = first.store.seen
     if any(layer.store.seen != seen or (seen and layer.store.view is None) for layer in layers):
         raise CacheError("an earlier forward pass through this cache broke off: call reset(), or make a new cache")
+    _check_fits(first, keys, values)
     if drafting_from and x > drafting_from:
         raise CacheError(
             f"assisted decoding from a cache that holds {drafting_from} tokens already passes the whole text again "
@@ -54,10 +56,10 @@ def check_forward(
             f"{seen + x} tokens exceed the model's maximum of {max_tokens} positions: shorten the prompt"
         )
     if first.awaits_prompt:
-        size = keys.shape[1] * entry_bytes(keys.shape[3], values.shape[3], keys.element_size())
-        share = policy.row_share(x, size * len(layers))
-        if share < 1:
+        if not policy.budget.is_full:
             _check_chunks(x)
+        size = keys.shape[1] * entry_bytes(keys.shape[3], values.shape[3], keys.element_size())
+        policy.row_share(x, size * len(layers))
     elif x == seen + 1:
         warnings.warn(
             f"{x} tokens follow {seen}: if they are the whole text again, as generate(use_cache=False) passes it, then "
@@ -71,6 +73,27 @@ def check_forward(
             "evicted from; pass the prompt to the model whole",
             DefensiveKVWarning,
             stacklevel=4,
+        )
+
+
+def _check_fits(layer: EvictedLayer, keys: Tensor, values: Tensor) -> None:
+    """Raises where the batch is not the one that the layer holds, or is of another dtype."""
+    if torch.is_autocast_enabled(keys.device.type) or keys.dtype != values.dtype:
+        raise InvalidInputError(
+            f"keys are {keys.dtype} and values {values.dtype}, as torch.autocast mixes them, and an evicting cache "
+            "reads one dtype: load the model in that dtype, and leave autocast out"
+        )
+    if not layer.store.seen:
+        return
+    if keys.shape[0] != layer.batch_size:
+        raise CacheError(
+            f"the cache holds {layer.batch_size} rows and the batch has {keys.shape[0]}: call "
+            "batch_repeat_interleave() on the cache to ask several questions of one prompt, or batch_select_indices() "
+            "to leave some rows out"
+        )
+    if keys.dtype != layer.dtype:
+        raise CacheError(
+            f"the cache holds {layer.dtype} and gets {keys.dtype}: make a new cache after a change of dtype"
         )
 
 

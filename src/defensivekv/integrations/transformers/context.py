@@ -84,10 +84,11 @@ class Context:
         # Some models' own generation settings name a kind of cache, which a cache that is passed contradicts.
         defaults = {"do_sample": False, "max_new_tokens": max_new_tokens, "cache_implementation": None}
         options = defaults | generate_options
+        cache = self.cache.fork()
+        # generate() makes as many rows of the question, and leaves those of a filled cache to its caller.
+        cache.batch_repeat_interleave(_num_rows(self.model, options))
         start = time.perf_counter()
-        output = self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), **{CACHE_ARGUMENT: self.cache.fork()}, **options
-        )
+        output = self.model.generate(ids, attention_mask=torch.ones_like(ids), **{CACHE_ARGUMENT: cache}, **options)
         seconds = time.perf_counter() - start
         sequences = output if isinstance(output, Tensor) else output.sequences
         new = sequences[0, ids.shape[1] :]
@@ -125,6 +126,13 @@ def compress(
     start = time.perf_counter()
     model(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE_ARGUMENT: cache})
     return Context(model, tokenizer, cache, ids, suffix, time.perf_counter() - start)
+
+
+def _num_rows(model: PreTrainedModel, options: dict[str, Any]) -> int:
+    """Rows that `generate()` decodes for one prompt: beams, or sequences."""
+    settings = options.get("generation_config") or model.generation_config
+    names = ("num_beams", "num_return_sequences")
+    return max(options.get(name) or getattr(settings, name, None) or 1 for name in names)
 
 
 def _split_template(tokenizer: PreTrainedTokenizerBase, document: str, template: Template) -> tuple[str, str, bool]:

@@ -160,7 +160,7 @@ def _check_pads(observation: Observation) -> None:
     if bool(torch.isclose(fillers, fillers[:1], rtol=1e-4, atol=1e-6).all()):
         rows = ", ".join(str(row) for row in repeated.nonzero().flatten().tolist())
         raise InvalidInputError(
-            f"rows {rows} of the batch begin with one token repeated, which looks like padding, and no attention mask "
-            "hides it: pass the tokenizer's attention_mask to generate() or to the model (a prompt that really begins "
-            "so can be passed in a batch of its own)"
+            f"rows {rows} of the batch begin with one token repeated, which looks like padding, and the attention mask "
+            "hides none of it: pass the tokenizer's attention_mask to generate() or to the model, or, where a prompt "
+            "really begins so, pass it in a batch of its own"
         )

@@ -65,7 +65,8 @@ class CacheReport:
         return sum(
             tokens * len(row)
             for layer in self.layers
-            for row, tokens in zip(layer.lengths, self.prompt_tokens, strict=False)
+            if layer.evicted
+            for row, tokens in zip(layer.lengths, self.prompt_tokens, strict=True)
         )
 
     @property
@@ -78,11 +79,19 @@ class CacheReport:
         """Bytes held by all layers."""
         return sum(layer.nbytes for layer in self.layers)
 
+    @property
+    def evicted_nbytes(self) -> int:
+        """Bytes held by the layers that are evicted, which a budget in bytes and `full_bytes` are about."""
+        return sum(layer.nbytes for layer in self.layers if layer.can_evict)
+
     def __str__(self) -> str:
+        held, full = format_bytes(self.evicted_nbytes), format_bytes(self.full_bytes)
         lines = [
             f"policy {self.policy}, budget {self.budget}: kept {self.entries_kept} of {self.entries_seen} entries "
-            f"({self.achieved:.2%}), {format_bytes(self.nbytes)} held, prompt in full {format_bytes(self.full_bytes)}"
+            f"({self.achieved:.2%}), {held} held, prompt in full {full}"
         ]
+        if others := self.nbytes - self.evicted_nbytes:
+            lines.append(f"{format_bytes(others)} more in layers that are not evicted")
         whole = sum(self.kept_whole)
         if whole:
             lines.append(f"{whole} of {len(self.kept_whole)} prompts kept whole")
