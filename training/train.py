@@ -31,6 +31,9 @@ SINK_WEIGHT, SINK_TARGET, SINK_PROBES = 0.03, 0.6, 64
 SAVE_EVERY, LOG_EVERY = 100, 20
 
 
+CROWDED = Mix(several_share=0.7, similar_share=0.7, crowded=True)
+
+
 @dataclass(frozen=True)
 class Stage:
     """Documents of up to `num_tokens` tokens, until `accuracy` of the values are right, or for `max_steps`.
@@ -58,9 +61,7 @@ STAGES = (
     Stage(1024, 32, 3, 400),
     Stage(2048, 40, 2, 650, accuracy=2.0, decay_steps=400, with_sink=True),
     Stage(2048, 40, 2, 650, accuracy=2.0, decay_steps=400, with_sink=True),
-    Stage(
-        2048, 40, 2, 700, accuracy=2.0, decay_steps=400, with_sink=True, mix=Mix(several_share=0.7, similar_share=0.7)
-    ),
+    Stage(2048, 40, 2, 900, accuracy=2.0, decay_steps=400, with_sink=True, mix=CROWDED),
 )
 
 
@@ -158,7 +159,7 @@ class Trainer:
         share = RECALL_SHARE if self.progress.recall_accuracy < 0.95 else RECALL_SHARE_LATER
         if self.rng.random() < share:
             ordinal_share = ORDINAL_SHARE if self.progress.recall_accuracy < 0.9 else ORDINAL_SHARE_LATER
-            return recall_batch(self.rng, 40, ordinal_share), True, False
+            return recall_batch(self.rng, 40, ordinal_share, crowded=stage.mix.crowded), True, False
         number = self.progress.stage
         if number and self.rng.random() < 0.25:
             shorter = STAGES[self.rng.randrange(number)]

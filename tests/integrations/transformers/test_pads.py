@@ -70,3 +70,27 @@ def test_the_expanded_rows_of_one_prompt_are_not_taken_for_pads(model: PreTraine
     ids = _begins_with([7] * 9)
     for options in ({"num_beams": 3}, {"num_return_sequences": 3, "do_sample": True}):
         generate(model, ids, dkv.EvictingCache(model, "defensivekv", 0.3), **options)
+
+
+def test_a_later_mask_that_hides_more_of_the_prompt_is_refused(model: PreTrainedModel) -> None:
+    cache = dkv.EvictingCache(model, "full")
+    feed(model, cache, prompt(300))
+    mask = torch.ones(1, 306, dtype=torch.long)
+    mask[:, :150] = 0
+    with pytest.raises(dkv.InvalidInputError, match="hides tokens of the prompt"):
+        feed(model, cache, prompt(6), attention_mask=mask)
+
+
+def test_a_later_mask_with_the_prompts_own_pads_is_taken_whatever_became_of_the_rows(model: PreTrainedModel) -> None:
+    mask = torch.ones(2, 300, dtype=torch.long)
+    mask[1, :100] = 0
+    cache = dkv.EvictingCache(model, "snapkv", 0.3)
+    feed(model, cache, prompt(300, rows=2), attention_mask=mask)
+    cache.batch_select_indices(torch.tensor([1]))
+    cache.batch_repeat_interleave(2)
+    later = torch.cat((mask[1:].expand(2, -1), torch.ones(2, 6, dtype=torch.long)), 1)
+    feed(model, cache, prompt(6, rows=2), attention_mask=later)
+    wrong = torch.cat((mask, torch.ones(2, 12, dtype=torch.long)), 1)
+    wrong[0, :120] = 0
+    with pytest.raises(dkv.InvalidInputError, match="hides tokens of the prompt"):
+        feed(model, cache, prompt(6, rows=2), attention_mask=wrong)

@@ -19,12 +19,17 @@ from defensivekv.cache import PrefixView
 from defensivekv.errors import DefensiveKVWarning, InvalidInputError, UnsupportedModelError
 
 _TAG = "_defensivekv"
+_HIDDEN = "_defensivekv_hidden"
 
 
 class Handoff(Protocol):
     """What a cache attaches to the keys and values that it hands out."""
 
     view: PrefixView | None
+
+    def check_hidden(self, hidden: Tensor) -> None:
+        """Called with the tokens before the tail that the mask hides, (b, t) bool, where there are any."""
+        ...
 
     def consume(self, module: nn.Module) -> None:
         """Called when the keys have arrived at the attention of `module`; checks that it is the right one."""
@@ -51,8 +56,21 @@ def tag(states: Tensor, handoff: Handoff) -> Tensor:
 
 
 def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """Boolean masks, as for SDPA."""
+    """Boolean masks, as for SDPA.
+
+    transformers cuts off what a 2-D mask says of the tokens before the tail. At the start of a turn, where that hides
+    any, it travels with the mask, for the cache to hold it against the pads that it knows of.
+    """
+    padding, offset = kwargs.get("attention_mask"), kwargs.get("kv_offset", 0)
+    hides = None
+    if isinstance(padding, Tensor) and padding.dim() == 2 and isinstance(offset, int) and kwargs.get("q_length", 1) > 1:
+        hidden = ~padding[:, :offset].bool()
+        hides = hidden if bool(hidden.any()) else None
+    if hides is not None:
+        kwargs["allow_is_causal_skip"] = False
     mask: Tensor | None = sdpa_mask(*args, **kwargs)
+    if mask is not None and hides is not None:
+        setattr(mask, _HIDDEN, hides)
     return mask
 
 
@@ -87,6 +105,8 @@ def attention_forward(
     if handoff.view is None:
         output = _dense(module, query, key, value, attention_mask, dropout, scale, softcap, s_aux, **kwargs)
     else:
+        if (hidden := getattr(attention_mask, _HIDDEN, None)) is not None:
+            handoff.check_hidden(hidden)
         output = _read(handoff.view, query, key, value, attention_mask, scale, softcap, s_aux)
     handoff.observe(module, query, attention_mask, scale, softcap, s_aux)
     return output, None

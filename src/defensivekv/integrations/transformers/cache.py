@@ -95,6 +95,21 @@ class EvictingCache(Cache):
                 "make an EvictingCache for each model"
             )
 
+    def check_hidden(self, layer: EvictedLayer, hidden: Tensor, rows: tuple[int, ...]) -> None:
+        """Raises InvalidInputError where a later turn's mask hides tokens of the prompt that were not its pads.
+
+        hidden: (b, t) of the prompt's tokens, pads counted. rows: of the prompt, for each row of the batch.
+        """
+        if layer.index != self.evicted_layers[0]:
+            return
+        valid = self._decision.valid
+        seen = torch.ones_like(hidden) if valid is None else valid[list(rows)].to(hidden.device)
+        if hidden.shape != seen.shape or bool((hidden & seen).any()):
+            raise InvalidInputError(
+                "the attention mask hides tokens of the prompt that it did not hide when the prompt was read, and an "
+                "evicted cache cannot leave them out any more: pass the prompt's own mask, with ones for what followed"
+            )
+
     def decide(self, layer: EvictedLayer) -> None:
         """Scores the layer's prompt, and evicts as soon as everything that competes with it has been scored."""
         pending, layer.pending = layer.pending, None

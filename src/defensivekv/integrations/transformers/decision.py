@@ -70,7 +70,8 @@ class PromptDecision:
     """The decision on one prompt.
 
     layers: numbers of the evicted layers, in order. rows: tokens of each row, pads left out; empty before the
-    prompt. shares: what each row keeps. bytes_per_token: of all evicted layers together.
+    prompt. shares: what each row keeps. valid: (b, t), False at pads; None: no pads. bytes_per_token: of all evicted
+    layers together.
     """
 
     def __init__(self, policy: Policy, layers: tuple[int, ...]) -> None:
@@ -78,6 +79,7 @@ class PromptDecision:
         self.layers = layers
         self.rows: tuple[int, ...] = ()
         self.shares: tuple[Fraction, ...] = ()
+        self.valid: Tensor | None = None
         self.bytes_per_token = 0
         self._scores: dict[int, LayerScores] = {}
 
@@ -92,6 +94,7 @@ class PromptDecision:
             _check_pads(observation)
         size = bytes_per_token(observation) * len(self.layers)
         self.rows, self.bytes_per_token = _row_lengths(observation), size
+        self.valid = observation.valid
         self.shares = tuple(self.policy.row_share(tokens, size) for tokens in self.rows)
         try:
             scores = self.policy.score(observation, num_layers=len(self.layers))
@@ -111,6 +114,7 @@ class PromptDecision:
         """The same decision, to go on by itself."""
         twin = PromptDecision(self.policy, self.layers)
         twin.rows, twin.shares, twin.bytes_per_token = self.rows, self.shares, self.bytes_per_token
+        twin.valid = self.valid
         return twin
 
     def _say_what_is_whole(self) -> None:

@@ -31,6 +31,11 @@ class LayerHandoff:
         self.is_consumed = True
         self.layer.owner.check_module(module)
 
+    def check_hidden(self, hidden: Tensor) -> None:
+        """Raises InvalidInputError where the mask hides tokens of the prompt that were not its pads."""
+        if self.view is not None:
+            self.layer.owner.check_hidden(self.layer, hidden, self.view.rows)
+
     def observe(
         self,
         module: nn.Module,
