@@ -157,8 +157,8 @@ def check_supported(model: PreTrainedModel) -> None:
     if not any(plan.evicted for plan in plans):
         kinds = ", ".join(sorted({plan.kind for plan in plans}))
         raise UnsupportedModelError(
-            f"{name} has no full-attention layer to evict from: its layers are {kinds}, whose stock cache is small "
-            "already; use it as it is"
+            f"{name} has no full-attention layer to evict from: its layers are {kinds}, which are not "
+            "supported; use it with its stock cache"
         )
     devices = set((getattr(model, "hf_device_map", None) or {}).values())
     if len(devices) > 1 and getattr(text_config(model), "num_kv_shared_layers", None):
