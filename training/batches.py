@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from defensivekv.needleworld.documents import Document, Needle, draw_chains, draw_needles, write_document
+from defensivekv.needleworld.documents import Document, draw_chains, draw_needles, write_document
 from defensivekv.needleworld.questions import Question, ask_chain, ask_needles
 from defensivekv.needleworld.vocabulary import ADJECTIVES, BOS, NOUNS, NUMBERS, ORDINALS, TOKEN_IDS, VARIABLES
 
@@ -44,33 +44,15 @@ class Batch:
         return torch.where(self.kinds == OTHER, OTHER_WEIGHT, 1.0)
 
 
-@dataclass(frozen=True)
-class Mix:
-    """Which kinds of documents there are.
-
-    several_share: of those with room for it, documents in which some keys have three values each, the hardest kind.
-    similar_share: of all, documents whose keys share few nouns. crowded: keys of three values share nouns among each
-    other, so that nothing less than all three words before a value tells whose it is.
-    """
-
-    several_share: float = 0.5
-    similar_share: float = 0.4
-    crowded: bool = False
-
-
-DEFAULT_MIX = Mix()
-
-
-def document_batch(rng: Random, num_rows: int, num_tokens: int, max_keys: int, mix: Mix = DEFAULT_MIX) -> Batch:
+def document_batch(rng: Random, num_rows: int, num_tokens: int, max_keys: int) -> Batch:
     """Documents of `num_tokens` tokens with questions of every kind that fit."""
     with_chains = rng.random() < CHAIN_SHARE
     with_few = rng.random() < FEW_SHARE
-    with_several = not with_few and (num_tokens >= 128 or not with_chains) and rng.random() < mix.several_share
+    with_several = not with_few and (num_tokens >= 128 or not with_chains) and rng.random() < 0.5
     ids, kinds = [], []
     lengths: list[int] = []
     for _ in range(num_rows):
-        keys = 3 if with_few else max_keys
-        document, questions = _document_row(rng, num_tokens, keys, with_chains, with_several, mix)
+        document, questions = _document_row(rng, num_tokens, 3 if with_few else max_keys, with_chains, with_several)
         words, row_kinds = list(document.words), [OTHER] * num_tokens
         for position in document.recalled:
             row_kinds[position] = VALUE
@@ -85,17 +67,15 @@ def document_batch(rng: Random, num_rows: int, num_tokens: int, max_keys: int, m
     return _batch(ids, kinds, num_tokens, lengths)
 
 
-def recall_batch(
-    rng: Random, num_rows: int, ordinal_share: float = 0.2, num_tokens: int = 72, crowded: bool = False
-) -> Batch:
+def recall_batch(rng: Random, num_rows: int, ordinal_share: float = 0.2, num_tokens: int = 72) -> Batch:
     """Multi-query associative recall: keys and values over and over in changing order, no filler (arXiv 2312.04927).
 
     Dense in what is to be learned, which is what makes retrieval emerge early. ordinal_share: of rows whose keys have
-    several values each, the hardest kind. crowded: as in `Mix`.
+    several values each, the hardest kind.
     """
     ids, kinds = [], []
     for _ in range(num_rows):
-        cells = _recall_cells(rng, ordinal_share, crowded)
+        cells = _recall_cells(rng, ordinal_share)
         words, row_kinds, is_first = [BOS], [OTHER], True
         while len(words) < num_tokens:
             rng.shuffle(cells)
@@ -117,7 +97,7 @@ def _reply_kinds(question: Question) -> list[int]:
 
 
 def _document_row(
-    rng: Random, num_tokens: int, max_keys: int, with_chains: bool, with_several: bool, mix: Mix
+    rng: Random, num_tokens: int, max_keys: int, with_chains: bool, with_several: bool
 ) -> tuple[Document, list[Question]]:
     chains = draw_chains(rng, rng.randint(1, 1 + min(2, num_tokens // 128))) if with_chains else []
     num_recalls = rng.randint(0, min(6, num_tokens // 100))
@@ -127,7 +107,7 @@ def _document_row(
     num_several = rng.randint(1, max(1, min(max_keys // 6, fitting))) if with_several else 0
     most = min(max_keys, (room - 24 * num_several) // 7)
     num_single = rng.randint(max(*widths, most // 3), max(*widths, most))
-    needles = _draw(rng, num_several, num_single, mix)
+    needles = draw_needles(rng, num_several + num_single, num_several, similar=rng.random() < 0.4)
     document = write_document(rng, num_tokens, needles, chains, num_recalls)
     several, single = needles[: 3 * num_several], needles[3 * num_several :]
     questions = [ask_needles(rng.sample(single, width), "multi_query") for width in widths]
@@ -138,18 +118,7 @@ def _document_row(
     return document, questions + [ask_chain(rng.choice(chains)) for _ in range(NUM_CHAIN_QUESTIONS if chains else 0)]
 
 
-def _draw(rng: Random, num_several: int, num_single: int, mix: Mix) -> list[Needle]:
-    """Needles of `num_several` keys with three values each, and of `num_single` with one."""
-    similar = rng.random() < mix.similar_share
-    if not mix.crowded or not num_several:
-        return draw_needles(rng, num_several + num_single, num_several, similar=similar)
-    several = draw_needles(rng, num_several, num_several, similar=True)
-    taken = {needle.key[1:] for needle in several}
-    others = draw_needles(rng, num_several + num_single, similar=similar)
-    return several + [needle for needle in others if needle.key not in taken][:num_single]
-
-
-def _recall_cells(rng: Random, ordinal_share: float, crowded: bool) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+def _recall_cells(rng: Random, ordinal_share: float) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
     """Keys and values of every kind that documents have: numbers by phrases, variables by numbers and by variables."""
     kind = rng.random() / (1 - ordinal_share)
     if kind < 3 / 8:
@@ -163,8 +132,6 @@ def _recall_cells(rng: Random, ordinal_share: float, crowded: bool) -> list[tupl
     pairs = sorted({(rng.choice(ADJECTIVES), rng.choice(nouns)) for _ in range(rng.randint(3, 7))})
     if kind < 1:
         return [(pair, (rng.choice(NUMBERS), rng.choice(NUMBERS))) for pair in pairs]
-    if crowded:
-        pairs = [(adjective, nouns[0]) for adjective in rng.sample(ADJECTIVES, 2)]
     return [
         ((ordinal, *pair), (rng.choice(NUMBERS), rng.choice(NUMBERS))) for pair in pairs[:2] for ordinal in ORDINALS
     ]

@@ -1,7 +1,7 @@
 """Trains the packaged model: `python -m training.train`.
 
 Fixed seed, a curriculum over document lengths that moves on by steps and running accuracy (never by the clock), and
-last stages in which the first token becomes the attention sink that models of every size have. A killed run goes on
+a last stage in which the first token becomes the attention sink that models of every size have. A killed run goes on
 from its last save to the same result.
 """
 
@@ -10,7 +10,7 @@ import json
 import os
 import random
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from defensivekv.needleworld.vocabulary import VOCABULARY
-from training.batches import LINK, VALUE, Batch, Mix, document_batch, recall_batch
+from training.batches import LINK, VALUE, Batch, document_batch, recall_batch
 from training.model import Llama, ModelConfig
 
 SEED = 7
@@ -31,16 +31,9 @@ SINK_WEIGHT, SINK_TARGET, SINK_PROBES = 0.03, 0.6, 64
 SAVE_EVERY, LOG_EVERY = 100, 20
 
 
-CROWDED = Mix(several_share=0.7, similar_share=0.7, crowded=True)
-
-
 @dataclass(frozen=True)
 class Stage:
-    """Documents of up to `num_tokens` tokens, until `accuracy` of the values are right, or for `max_steps`.
-
-    mix: which kinds of documents. decay_steps: the learning rate falls linearly over the last of them. with_sink:
-    whether the first token is made an attention sink.
-    """
+    """Documents of up to `num_tokens` tokens, until `accuracy` of the values are right, or for `max_steps`."""
 
     num_tokens: int
     max_keys: int
@@ -48,9 +41,6 @@ class Stage:
     max_steps: int
     accuracy: float = 0.95
     min_steps: int = 60
-    mix: Mix = field(default_factory=Mix)
-    decay_steps: int = 0
-    with_sink: bool = False
 
 
 STAGES = (
@@ -59,10 +49,10 @@ STAGES = (
     Stage(256, 16, 9, 500),
     Stage(512, 24, 6, 400),
     Stage(1024, 32, 3, 400),
-    Stage(2048, 40, 2, 650, accuracy=2.0, decay_steps=400, with_sink=True),
-    Stage(2048, 40, 2, 650, accuracy=2.0, decay_steps=400, with_sink=True),
-    Stage(2048, 40, 2, 900, accuracy=2.0, decay_steps=400, with_sink=True, mix=CROWDED),
+    Stage(2048, 40, 2, 650, accuracy=2.0),
 )
+DECAY_STEPS = 400
+"""The learning rate falls linearly over the last steps of the last stage; the sink is trained in it."""
 
 
 @dataclass
@@ -120,7 +110,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = LEARNING_RATE * self._rate(stage)
         batch, is_recall, is_replay = self._draw(stage)
-        with_sink = stage.with_sink and not is_recall
+        with_sink = self._is_last and not is_recall
         probe = torch.randint(1, batch.document, (SINK_PROBES,)) if with_sink else None
         inputs = replace(batch, positions=batch.positions[:-1], mask=batch.mask[:-1, :-1])
         document = min(batch.document, batch.ids.shape[1] - 1)
@@ -159,21 +149,24 @@ class Trainer:
         share = RECALL_SHARE if self.progress.recall_accuracy < 0.95 else RECALL_SHARE_LATER
         if self.rng.random() < share:
             ordinal_share = ORDINAL_SHARE if self.progress.recall_accuracy < 0.9 else ORDINAL_SHARE_LATER
-            return recall_batch(self.rng, 40, ordinal_share, crowded=stage.mix.crowded), True, False
+            return recall_batch(self.rng, 40, ordinal_share), True, False
         number = self.progress.stage
         if number and self.rng.random() < 0.25:
             shorter = STAGES[self.rng.randrange(number)]
-            batch = document_batch(self.rng, shorter.num_rows, shorter.num_tokens, shorter.max_keys, shorter.mix)
-            return batch, False, True
+            return document_batch(self.rng, shorter.num_rows, shorter.num_tokens, shorter.max_keys), False, True
         length = stage.num_tokens
         if self.rng.random() < 0.4:
             length = self.rng.randint(max(64, length // 2), length)
         rows = max(1, round(stage.num_rows * stage.num_tokens / length))
-        return document_batch(self.rng, rows, length, stage.max_keys, stage.mix), False, False
+        return document_batch(self.rng, rows, length, stage.max_keys), False, False
+
+    @property
+    def _is_last(self) -> bool:
+        return self.progress.stage == len(STAGES) - 1
 
     def _rate(self, stage: Stage) -> float:
         warm = min(1.0, (self.progress.step + 1) / WARMUP_STEPS)
-        left = (stage.max_steps - self.progress.stage_step) / stage.decay_steps if stage.decay_steps else 1.0
+        left = (stage.max_steps - self.progress.stage_step) / DECAY_STEPS if self._is_last else 1.0
         return warm * max(0.02, min(1.0, left))
 
     def _note(self, right: torch.Tensor, is_recall: bool, is_replay: bool) -> None:

@@ -72,12 +72,15 @@ class Document:
 def draw_needles(rng: Random, num_keys: int, num_several: int = 0, *, similar: bool = False) -> list[Needle]:
     """Needles of `num_keys` distinct keys; the first `num_several` keys have three values each, one after the other.
 
-    similar: keys share few nouns, so that half a key is not enough to find one.
+    similar: keys share few nouns, so that half a key is not enough to find one. Keys of three values have a noun of
+    their own among each other: a model of this size matches two of the words before a value, and not three.
     """
-    nouns = rng.sample(NOUNS, max(4, num_keys // 3)) if similar else list(NOUNS)
+    nouns = rng.sample(NOUNS, max(4, num_several, num_keys // 3)) if similar else list(NOUNS)
     keys: dict[tuple[str, str], None] = {}
     while len(keys) < num_keys:
-        keys[rng.choice(ADJECTIVES), rng.choice(nouns)] = None
+        key = rng.choice(ADJECTIVES), rng.choice(nouns)
+        if len(keys) >= num_several or key[1] not in {noun for _, noun in keys}:
+            keys[key] = None
     phrases: list[Words] = []
     for number, key in enumerate(keys):
         phrases += [(ordinal, *key) for ordinal in ORDINALS] if number < num_several else [key]
