@@ -7,6 +7,7 @@ prefix  ████████░░░ rows share it by index      tail  [b, 
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -52,6 +53,13 @@ class RaggedLayer:
     def tail_length(self) -> int:
         """Tokens in the tail."""
         return 0 if self.tail is None else self.tail.used
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of keys; None before the first token."""
+        if self.tail is not None:
+            return self.tail.key_buffer.dtype
+        return None if self.view is None else self.view.prefix.keys.dtype
 
     @property
     def nbytes(self) -> int:

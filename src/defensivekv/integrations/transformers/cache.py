@@ -179,7 +179,6 @@ class EvictingCache(Cache):
                 forked = EvictedLayer(twin, index)
                 forked.store = layer.store.fork()
                 forked.awaits_prompt, forked.is_initialized = layer.awaits_prompt, layer.is_initialized
-                forked.dtype = layer.dtype
                 twin.layers.append(forked)
             else:
                 twin.layers.append(copy.deepcopy(layer))

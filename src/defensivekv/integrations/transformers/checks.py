@@ -91,9 +91,9 @@ def _check_fits(layer: EvictedLayer, keys: Tensor, values: Tensor) -> None:
             "batch_repeat_interleave() on the cache to ask several questions of one prompt, or batch_select_indices() "
             "to leave some rows out"
         )
-    if keys.dtype != layer.dtype:
+    if keys.dtype != layer.store.dtype:
         raise CacheError(
-            f"the cache holds {layer.dtype} and gets {keys.dtype}: make a new cache after a change of dtype"
+            f"the cache holds {layer.store.dtype} and gets {keys.dtype}: make a new cache after a change of dtype"
         )
 
 

@@ -73,7 +73,6 @@ class EvictedLayer(CacheLayerMixin):
         self.record_past = False
         self.awaits_prompt = True
         self.pending: Pending | None = None
-        self.dtype: torch.dtype | None = None
 
     @property
     def owner(self) -> "EvictingCache":
@@ -90,7 +89,7 @@ class EvictedLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Keys, Values]:
         """Appends keys and values (b, h, x, d); gives the tail's, both tagged for the attention function."""
         self.owner.check_update(self, key_states, value_states)
-        self.is_initialized, self.dtype = True, key_states.dtype
+        self.is_initialized = True
         # Detached: a prefix that hangs on a graph would keep the evicted entries alive through it.
         keys, values = self.store.append(key_states.detach(), value_states.detach())
         handoff = LayerHandoff(self, self.store.view)
