@@ -19,7 +19,7 @@ from defensivekv.errors import (
 from defensivekv.policies import Observation, Policy, policies, policy
 
 if TYPE_CHECKING:
-    from defensivekv.integrations.transformers import Context, EvictingCache, compress, disable, enable
+    from defensivekv.integrations.transformers import Context, EvictingCache, compress, disable, enable, prefill
     from defensivekv.needleworld import demo_model
 
 __version__ = "0.1.0"
@@ -32,6 +32,7 @@ _LAZY = {
     "demo_model": "defensivekv.needleworld",
     "disable": _TRANSFORMERS,
     "enable": _TRANSFORMERS,
+    "prefill": _TRANSFORMERS,
 }
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "enable",
     "policies",
     "policy",
+    "prefill",
 ]
 
 

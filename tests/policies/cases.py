@@ -1,14 +1,21 @@
 """Random prompts for the tests of policies."""
 
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from defensivekv import Observation
+import defensivekv as dkv
+from defensivekv import Observation, Policy
+from defensivekv.policies.scoring import Scorer
 
 HIDDEN = 12
+
+GENERIC = [name for name in dkv.policies() if name not in ("full", "duo-attention", "kvzip")]
+"""Policies that evict on what one reading of any prompt shows."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,55 @@ def observation(shape: Shape, seed: int, rows: int = 1) -> Observation:
         values=draw(rows, s.h, s.t, s.v),
         output_projection=draw(HIDDEN, s.h * s.g * s.v),
     )
+
+
+def policy_of(name: str, budget: float | int | str | Fraction, window_size: int = 4, **options: Any) -> Policy:
+    """The policy with that window, where it has one."""
+    if name not in ("full", "duo-attention") and dkv.policy(name, 1.0).scorer.has_window:
+        options["window_size"] = window_size
+    return dkv.policy(name, budget, **options)
+
+
+def observation_for(name: str, shape: Shape, seed: int, rows: int = 1) -> Observation:
+    """A layer with all that the policy wants to see of it."""
+    return showing(name, observation(shape, seed, rows), seed)
+
+
+def showing(name: str, layer: Observation, seed: int) -> Observation:
+    """The same with queries of the whole prompt, where the policy asks for them."""
+    if name == "full" or dkv.policy(name, 1.0).scorer.sees != "prompt":
+        return layer
+    b, q, _, d = layer.queries.shape
+    queries = 2 * normal(seed + 1, b, q, layer.num_tokens, d)
+    return replace(layer, queries=queries, rotary=Turning(torch.arange(layer.num_tokens)))
+
+
+@dataclass(frozen=True)
+class Turning:
+    """Rotation in the plane of the first two channels, one radian for ten positions; fewer channels do not turn."""
+
+    positions: Tensor
+
+    def unrotate(self, vectors: Tensor, positions: Tensor) -> Tensor:
+        return self._turn(vectors, -positions / 10)
+
+    def rotate_mean(self, vectors: Tensor, positions: Tensor) -> Tensor:
+        return torch.stack([self._turn(vectors, angle.expand(vectors.shape[1])) for angle in positions / 10]).mean(0)
+
+    def row(self, row: int, valid: Tensor | None) -> "Turning":
+        return self if valid is None else Turning(torch.arange(int(valid.sum())))
+
+    def _turn(self, vectors: Tensor, angles: Tensor) -> Tensor:
+        turned = vectors.clone()
+        if vectors.shape[-1] > 1:
+            first, second, cos, sin = vectors[..., 0], vectors[..., 1], angles.cos(), angles.sin()
+            turned[..., 0], turned[..., 1] = first * cos - second * sin, first * sin + second * cos
+        return turned
+
+
+def importances(scorer: Scorer, row: Observation, window_size: int) -> Tensor:
+    """Those of a scorer, of queries in parts put together again; of one that sees all entries at once."""
+    return torch.cat([part.importance for part in scorer(row, window_size)], dim=2)
 
 
 def padded(rows: list[Observation], valid: Tensor, junk: float) -> Observation:

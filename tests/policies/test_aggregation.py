@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from defensivekv import InvalidInputError
-from defensivekv.policies.aggregation import Aggregation, Defensive, Mean
+from defensivekv.policies.aggregation import Aggregation, Defensive, Mean, aggregate
 from tests.policies import oracle
 from tests.policies.cases import seeds
 
@@ -28,41 +28,41 @@ KERNELS = st.sampled_from([1, 3, 5, 7])
 def test_defensive_aggregation_equals_the_loops(importance: Tensor, kernel_size: int) -> None:
     expected = torch.tensor([oracle.defensive(head, kernel_size) for head in importance.tolist()])
     # The package guards its division by 1e-12, which shows in rows of hardly any mass.
-    torch.testing.assert_close(Defensive(kernel_size)(importance), expected, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(aggregate(Defensive(kernel_size), importance), expected, rtol=1e-4, atol=1e-9)
 
 
 @given(importance=importances(), kernel_size=KERNELS)
 def test_mean_aggregation_equals_the_loops(importance: Tensor, kernel_size: int) -> None:
     expected = torch.tensor([oracle.mean(head, kernel_size) for head in importance.tolist()])
-    torch.testing.assert_close(Mean(kernel_size)(importance), expected, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(aggregate(Mean(kernel_size), importance), expected, rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("aggregation", [Defensive(), Defensive(1), Mean(), Mean(1)])
 @given(importance=importances())
 def test_the_importances_are_left_as_they_were(aggregation: Aggregation, importance: Tensor) -> None:
     before = importance.clone()
-    aggregation(importance)
+    aggregate(aggregation, importance)
     assert torch.equal(importance, before)
 
 
 @pytest.mark.parametrize("aggregation", [Defensive(), Mean()])
 @given(importance=importances())
 def test_heads_do_not_influence_each_other(aggregation: Aggregation, importance: Tensor) -> None:
-    alone = torch.cat([aggregation(head[None]) for head in importance])
-    torch.testing.assert_close(aggregation(importance), alone, rtol=1e-6, atol=0)
+    alone = torch.cat([aggregate(aggregation, head[None]) for head in importance])
+    torch.testing.assert_close(aggregate(aggregation, importance), alone, rtol=1e-6, atol=0)
 
 
 @given(importance=importances())
 def test_a_further_query_only_raises_defensive_scores(importance: Tensor) -> None:
     if importance.shape[2] == 1:
         importance = importance.repeat(1, 1, 2, 1)
-    fewer = Defensive()(importance[:, :, 1:])
-    assert bool((Defensive()(importance) >= fewer * (1 - 1e-5)).all())
+    fewer = aggregate(Defensive(), importance[:, :, 1:])
+    assert bool((aggregate(Defensive(), importance) >= fewer * (1 - 1e-5)).all())
 
 
 @given(importance=importances())
 def test_no_defensive_score_is_below_the_mean_of_the_worst_cases(importance: Tensor) -> None:
-    scores = Defensive(1)(importance)
+    scores = aggregate(Defensive(1), importance)
     floor = importance.amax(dim=(1, 2)).mean(-1, keepdim=True)
     assert bool((scores >= floor * (1 - 1e-5)).all())
 
@@ -71,8 +71,8 @@ def test_one_query_that_needs_an_entry_is_enough_for_the_worst_case_but_not_for_
     importance = torch.full((1, 2, 16, 30), 1e-4)
     importance[0, 1, 3, 20] = 0.9  # needed by one query of one head
     importance[0, :, :, 10] = 0.1  # needed a little by all
-    assert int(Defensive(1)(importance)[0].argmax()) == 20
-    assert int(Mean(1)(importance)[0].argmax()) == 10
+    assert int(aggregate(Defensive(1), importance)[0].argmax()) == 20
+    assert int(aggregate(Mean(1), importance)[0].argmax()) == 10
 
 
 @pytest.mark.parametrize("kind", [Mean, Defensive])

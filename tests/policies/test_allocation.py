@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from defensivekv.policies.allocation import AcrossLayers, Allocation, PerHead, PerLayer, count_kept
+from defensivekv.policies.allocation import AcrossLayers, Allocation, Contender, PerHead, PerLayer, count_kept
 from tests.policies import oracle
 
 SHARES = st.builds(Fraction, st.integers(0, 60), st.just(60)) | st.integers(0, 100).map(lambda p: Fraction(p, 100))
@@ -28,6 +28,10 @@ def _sets(kept: list[Tensor]) -> list[list[set[int]]]:
     return [[set(row.nonzero().squeeze(-1).tolist()) for row in layer] for layer in kept]
 
 
+def _contenders(scores: list[Tensor]) -> list[Contender]:
+    return [Contender(layer, index, len(scores)) for index, layer in enumerate(scores)]
+
+
 def _lists(scores: list[Tensor]) -> list[list[list[float]]]:
     return [layer.tolist() for layer in scores]
 
@@ -39,17 +43,17 @@ def _has_ties(scores: list[Tensor]) -> bool:
 
 @given(scores=layers().filter(lambda scores: not _has_ties(scores)), share=SHARES)
 def test_per_head_equals_the_loops(scores: list[Tensor], share: Fraction) -> None:
-    assert _sets(PerHead()(scores, share)) == oracle.per_head(_lists(scores), share)
+    assert _sets(PerHead()(_contenders(scores), share)) == oracle.per_head(_lists(scores), share)
 
 
 @given(scores=layers().filter(lambda scores: not _has_ties(scores)), share=SHARES, safeguard=SAFEGUARDS)
 def test_per_layer_equals_the_loops(scores: list[Tensor], share: Fraction, safeguard: Fraction) -> None:
-    assert _sets(PerLayer(safeguard)(scores, share)) == oracle.per_layer(_lists(scores), share, safeguard)
+    assert _sets(PerLayer(safeguard)(_contenders(scores), share)) == oracle.per_layer(_lists(scores), share, safeguard)
 
 
 @given(scores=layers().filter(lambda scores: not _has_ties(scores)), share=SHARES)
 def test_across_layers_equals_the_loops(scores: list[Tensor], share: Fraction) -> None:
-    assert _sets(AcrossLayers()(scores, share)) == oracle.across_layers(_lists(scores), share)
+    assert _sets(AcrossLayers()(_contenders(scores), share)) == oracle.across_layers(_lists(scores), share)
 
 
 ALLOCATIONS: list[Allocation] = [PerHead(), PerLayer(), PerLayer(Fraction(1, 5)), AcrossLayers()]
@@ -64,7 +68,7 @@ def test_exactly_the_budget_is_kept(allocation: Allocation, scores: list[Tensor]
         "PerLayer": len(scores) * floor(t * h * share),
         "AcrossLayers": floor(t * h * len(scores) * share),
     }
-    assert count_kept(allocation(scores, share)) == expected[type(allocation).__name__]
+    assert count_kept(allocation(_contenders(scores), share)) == expected[type(allocation).__name__]
 
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
@@ -74,7 +78,7 @@ def test_ties_change_neither_the_count_nor_the_scores(
 ) -> None:
     tied = [layer.sign() for layer in scores]
     before = [layer.clone() for layer in tied]
-    assert count_kept(allocation(tied, share)) == count_kept(allocation(scores, share))
+    assert count_kept(allocation(_contenders(tied), share)) == count_kept(allocation(_contenders(scores), share))
     assert all(torch.equal(now, then) for now, then in zip(tied, before, strict=True))
 
 
@@ -84,11 +88,11 @@ def test_only_across_layers_waits_for_all_layers() -> None:
 
 def test_a_layer_of_low_scores_can_lose_everything_across_layers_but_not_within() -> None:
     scores = [torch.full((2, 10), 0.1), torch.full((2, 10), 1.0)]
-    assert [int(kept.sum()) for kept in AcrossLayers()(scores, Fraction(1, 2))] == [0, 20]
-    assert [int(kept.sum()) for kept in PerLayer()(scores, Fraction(1, 2))] == [10, 10]
+    assert [int(kept.sum()) for kept in AcrossLayers()(_contenders(scores), Fraction(1, 2))] == [0, 20]
+    assert [int(kept.sum()) for kept in PerLayer()(_contenders(scores), Fraction(1, 2))] == [10, 10]
 
 
 def test_the_safeguard_holds_for_a_head_of_low_scores() -> None:
     scores = [torch.stack((torch.arange(10.0), 100 + torch.arange(10.0)))]
-    assert PerLayer()(scores, Fraction(1, 2))[0].sum(-1).tolist() == [0, 10]
-    assert PerLayer(Fraction(2, 5))(scores, Fraction(1, 2))[0].sum(-1).tolist() == [2, 8]
+    assert PerLayer()(_contenders(scores), Fraction(1, 2))[0].sum(-1).tolist() == [0, 10]
+    assert PerLayer(Fraction(2, 5))(_contenders(scores), Fraction(1, 2))[0].sum(-1).tolist() == [2, 8]

@@ -1,4 +1,5 @@
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import floor
@@ -11,12 +12,27 @@ from torch import Tensor
 
 import defensivekv as dkv
 from defensivekv.policies.aggregation import Mean
+from defensivekv.policies.scoring import Part
 from tests.policies import oracle
-from tests.policies.cases import Shape, normal, observation, padded, seeds, shapes
+from tests.policies.cases import (
+    GENERIC,
+    Shape,
+    normal,
+    observation,
+    observation_for,
+    padded,
+    policy_of,
+    seeds,
+    shapes,
+    showing,
+)
 
-WINDOW_POLICIES = ["random", "snapkv", "adakv", "criticalkv", "defensivekv", "layer-defensivekv"]
-ATTENTION_POLICIES = WINDOW_POLICIES[1:]
-EVICTING = [*WINDOW_POLICIES, "streaming-llm"]
+ATTENTION_POLICIES = ["snapkv", "adakv", "criticalkv", "defensivekv", "layer-defensivekv"]
+WINDOW_POLICIES = [name for name in GENERIC if dkv.policy(name, 1.0).scorer.has_window and name != "chunkkv"]
+"""ChunkKV's window shares chunks with what comes before it."""
+
+INDIFFERENT = ["streaming-llm", "lagkv", "knorm", "keydiff", "chunkkv"]
+"""Where louder keys and values change no order, or hardly any."""
 
 
 def _decide(name: str, layers: list[dkv.Observation], share: Fraction, protect: bool) -> tuple[Tensor, int]:
@@ -114,18 +130,18 @@ def batches(draw: st.DrawFn) -> tuple[list[dkv.Observation], Tensor, Shape]:
     return rows, valid, shape
 
 
-@pytest.mark.parametrize("name", EVICTING)
+@pytest.mark.parametrize("name", GENERIC)
 @settings(max_examples=25)
 @given(batch=batches(), junk=st.sampled_from([0.0, 1e4, float("nan"), float("inf")]), percent=st.integers(30, 100))
 def test_a_padded_batch_equals_its_rows(
     name: str, batch: tuple[list[dkv.Observation], Tensor, Shape], junk: float, percent: int
 ) -> None:
     rows, valid, shape = batch
-    # Long enough for the budget, or short enough to be kept whole: no budget is below the window.
-    assume(
-        all(floor(Fraction(percent * row.num_tokens, 100)) >= shape.w or row.num_tokens < 8 * shape.w for row in rows)
-    )
-    policy = dkv.policy(name, percent / 100, window_size=shape.w)
+    rows = [showing(name, row, seed) for seed, row in enumerate(rows)]
+    policy = policy_of(name, percent / 100, shape.w)
+    # Long enough for the budget, or short enough to be kept whole: no budget is below what always stays.
+    least = policy.num_staying
+    assume(all(floor(Fraction(percent * row.num_tokens, 100)) >= least or row.num_tokens < 8 * least for row in rows))
     other = [replace(row, keys=row.keys.flip(1), values=row.values.flip(2)) for row in rows]
     together = policy.select([padded(rows, valid, junk), padded(other, valid, junk)])
     for number, row in enumerate(rows):
@@ -135,17 +151,17 @@ def test_a_padded_batch_equals_its_rows(
             assert not bool(kept[number][:, ~valid[number]].any())
 
 
-@pytest.mark.parametrize("name", EVICTING)
+@pytest.mark.parametrize("name", GENERIC)
 def test_what_one_row_holds_does_not_change_the_others(name: str) -> None:
-    batch = observation(Shape(2, 2, 4, 60, 5, 5), 0, rows=3)
-    policy = dkv.policy(name, 0.2, window_size=4)
+    batch = observation_for(name, Shape(2, 2, 4, 60, 5, 5), 0, rows=3)
+    policy = policy_of(name, 0.2)
     before = policy.select([batch])[0]
     louder = replace(batch, keys=batch.keys.clone(), values=batch.values.clone())
     louder.keys[1] *= 50
     louder.values[1] *= 50
     after = policy.select([louder])[0]
     assert torch.equal(before[[0, 2]], after[[0, 2]])
-    if name != "streaming-llm":
+    if name not in INDIFFERENT:
         assert not torch.equal(before[1], after[1])
 
 
@@ -155,7 +171,7 @@ def test_the_window_always_stays(name: str, shape: Shape, seed: int, layers: int
     observations = [observation(shape, seed + layer) for layer in range(layers)]
     observations[0] = replace(observations[0], values=observations[0].values * 1e-3)
     share = Fraction(min(shape.t, shape.w + extra), shape.t)
-    kept = torch.stack(dkv.policy(name, share, window_size=shape.w).select(observations))
+    kept = torch.stack(policy_of(name, share, shape.w).select(observations))
     assert bool(kept[..., -shape.w :].all())
 
 
@@ -173,10 +189,10 @@ def test_in_parity_mode_a_layer_can_lose_its_window() -> None:
 def test_the_number_of_heads_scored_at_once_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = replace(observation(Shape(5, 3, 4, 60, 5, 5), 0, rows=2), sinks=normal(3, 15))
     policy = dkv.policy("defensivekv", 0.2, window_size=4)
-    whole = policy.score(batch)
+    whole = policy.score(batch).scores
     for elements in (1, 2 * 3 * 4 * 60):
-        monkeypatch.setattr(sys.modules["defensivekv.policies.policy"], "_HEAD_CHUNK_ELEMENTS", elements)
-        torch.testing.assert_close(policy.score(batch), whole, rtol=1e-5, atol=0)
+        monkeypatch.setattr(sys.modules["defensivekv.policies.evidence"], "_HEAD_CHUNK_ELEMENTS", elements)
+        torch.testing.assert_close(policy.score(batch).scores, whole, rtol=1e-5, atol=0)
 
 
 def test_weights_that_require_gradients_are_read_like_any_others() -> None:
@@ -190,24 +206,24 @@ def test_weights_that_require_gradients_are_read_like_any_others() -> None:
         output_projection=torch.nn.Parameter(layer.output_projection),
     )
     policy = dkv.policy("defensivekv", 0.2, window_size=4)
-    assert not policy.score(learning).requires_grad
+    assert not policy.score(learning).scores.requires_grad
     assert torch.equal(policy.select([learning])[0], policy.select([layer])[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", EVICTING)
+@pytest.mark.parametrize("name", GENERIC)
 def test_half_precision_keeps_the_budget(name: str, dtype: torch.dtype) -> None:
-    layer = observation(Shape(2, 2, 4, 60, 5, 5), 0)
+    layer = observation_for(name, Shape(2, 2, 4, 60, 5, 5), 0)
     half = replace(layer, queries=layer.queries.to(dtype), keys=layer.keys.to(dtype), values=layer.values.to(dtype))
-    assert int(dkv.policy(name, 0.2, window_size=4).select([half])[0].sum()) == 24
+    assert int(policy_of(name, 0.2).select([half])[0].sum()) == 24
 
 
 @pytest.mark.parametrize("name", ["queries", "keys", "values"])
-@pytest.mark.parametrize("policy", ["full", *EVICTING])
+@pytest.mark.parametrize("policy", ["full", *GENERIC])
 def test_nan_is_refused_before_anything_is_decided(policy: str, name: str) -> None:
-    layer = observation(Shape(2, 2, 4, 60, 5, 5), 0, rows=2)
+    layer = observation_for(policy, Shape(2, 2, 4, 60, 5, 5), 0, rows=2)
     getattr(layer, name)[1, 0, 2, 1] = float("nan")
-    chosen = dkv.policy(policy, 1.0 if policy == "full" else 0.2, window_size=4)
+    chosen = policy_of(policy, 1.0 if policy == "full" else 0.2)
     with pytest.raises(dkv.InvalidInputError, match=f"{name} hold NaN"):
         chosen.select([layer])
 
@@ -237,9 +253,12 @@ class _Scored:
 
     importance: Tensor
     description = "given"
+    sees = "nothing"
+    has_window = True
+    gives = frozenset({"levels"})
 
-    def __call__(self, row: dkv.Observation, window_size: int) -> Tensor:
-        return self.importance
+    def __call__(self, row: dkv.Observation, window_size: int) -> Iterator[Part]:
+        yield Part(self.importance)
 
 
 def test_minus_infinity_is_a_low_score_and_no_pad() -> None:
@@ -253,5 +272,5 @@ def test_minus_infinity_is_a_low_score_and_no_pad() -> None:
 @pytest.mark.parametrize("importance", [torch.rand(3, 1, 1, 268), torch.rand(2, 1, 1, 301)])
 def test_scores_of_other_shapes_are_refused(importance: Tensor) -> None:
     policy = replace(dkv.policy("snapkv", 0.5), scorer=_Scored(importance), aggregation=Mean(1))
-    with pytest.raises(dkv.InvalidInputError, match="scored"):
+    with pytest.raises(dkv.InvalidInputError, match="a scorer gives floating"):
         policy.select([observation(Shape(h=2, g=1, w=32, t=300, d=8, v=8), seed=0)])

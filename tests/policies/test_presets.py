@@ -1,4 +1,5 @@
 import re
+from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, dataclass
 
 import pytest
@@ -8,16 +9,26 @@ import defensivekv as dkv
 from defensivekv.policies import Policy, summary
 from defensivekv.policies.aggregation import Mean
 from defensivekv.policies.allocation import PerLayer
-from defensivekv.policies.scoring import WindowAttention
+from defensivekv.policies.profile import HeadProfile
+from defensivekv.policies.scoring import Part, WindowAttention
 from defensivekv.types import HeadScores, Importance
-from tests.policies.cases import Shape, observation
+from tests.policies.cases import Shape, observation, observation_for, policy_of
 
 SHAPE = Shape(h=2, g=2, w=4, t=60, d=5, v=5)
 
 
+PROFILE = HeadProfile(((1.0, 0.0), (0.5, 0.2)), num_sinks=2, num_recent=6)
+
+UNIFORM = ["streaming-llm", "random", "snapkv", "criticalkv", "h2o", "tova", "knorm", "keydiff", "lagkv", "chunkkv"]
+
+
+def _whole(name: str) -> Policy:
+    return dkv.policy(name, 1.0, profile=PROFILE if name == "duo-attention" else None)
+
+
 def _kept(name: str, budget: float, layers: int = 1) -> torch.Tensor:
-    observations = [observation(SHAPE, seed) for seed in range(layers)]
-    return torch.stack(dkv.policy(name, budget, window_size=4).select(observations))[:, 0]
+    observations = [observation_for(name, SHAPE, seed) for seed in range(layers)]
+    return torch.stack(policy_of(name, budget).select(observations))[:, 0]
 
 
 def test_the_names_are_those_of_the_field() -> None:
@@ -28,7 +39,7 @@ def test_the_names_are_those_of_the_field() -> None:
 
 @pytest.mark.parametrize("name", dkv.policies())
 def test_every_name_has_a_policy_of_that_name_one_line_and_described_parts(name: str) -> None:
-    policy = dkv.policy(name, 1.0)
+    policy = _whole(name)
     assert policy.name == name
     assert re.fullmatch(r"[^\n]{20,100}\.", summary(name))
     descriptions = [policy.scorer.description, policy.aggregation.description, policy.allocation.description]
@@ -40,9 +51,9 @@ def test_every_name_has_a_policy_of_that_name_one_line_and_described_parts(name:
 
 @pytest.mark.parametrize("name", dkv.policies())
 def test_a_policy_is_made_anew_each_time_and_cannot_be_changed(name: str) -> None:
-    policy = dkv.policy(name, 1.0)
-    assert policy is not dkv.policy(name, 1.0)
-    assert policy == dkv.policy(name, 1.0)
+    policy = _whole(name)
+    assert policy is not _whole(name)
+    assert policy == _whole(name)
     with pytest.raises(FrozenInstanceError):
         policy.window_size = 1  # type: ignore[misc]
 
@@ -76,7 +87,7 @@ def test_the_budget_is_needed_by_all_but_full() -> None:
             assert dkv.policy(name).budget.is_full
         else:
             with pytest.raises(dkv.BudgetError, match="needs a budget"):
-                dkv.policy(name)
+                dkv.policy(name, profile=PROFILE if name == "duo-attention" else None)
 
 
 @pytest.mark.parametrize("budget", [0.5, 1024, "64MiB"])
@@ -92,13 +103,13 @@ def test_a_bad_budget_is_refused_before_any_prompt(budget: float | int | str) ->
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
-@pytest.mark.parametrize("window_size", [True, 32.0, "32", None])
+@pytest.mark.parametrize("window_size", [True, 32.0, "32"])
 def test_a_window_size_that_is_no_integer_is_refused(window_size: object) -> None:
     with pytest.raises(dkv.InvalidInputError, match="must be an integer"):
         dkv.policy("snapkv", 0.5, window_size=window_size)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["streaming-llm", "random", "snapkv", "criticalkv"])
+@pytest.mark.parametrize("name", UNIFORM)
 def test_uniform_policies_keep_as_much_of_every_head(name: str) -> None:
     assert _kept(name, 0.25, layers=2).sum(-1).unique().tolist() == [15]
 
@@ -151,10 +162,13 @@ class SmallKeys:
     """A method of one's own: entries with small keys matter most (after arXiv 2406.11430)."""
 
     description = "small key norms"
+    sees = "nothing"
+    has_window = True
+    gives = frozenset({"levels"})
 
-    def __call__(self, row: dkv.Observation, window_size: int) -> Importance:
+    def __call__(self, row: dkv.Observation, window_size: int) -> Iterator[Part]:
         norms: torch.Tensor = row.keys[0, :, : row.num_tokens - window_size].float().norm(dim=-1)
-        return norms.reciprocal()[:, None, None]
+        yield Part(norms.reciprocal()[:, None, None])
 
 
 def test_a_new_method_is_one_small_class_composed_with_the_parts_that_are_there() -> None:
@@ -170,14 +184,21 @@ def test_a_new_method_is_one_small_class_composed_with_the_parts_that_are_there(
         assert torch.equal(kept[row, :, :-4].flatten(), expected)
 
 
-def test_an_aggregation_of_ones_own_needs_no_more_than_a_function_of_importances() -> None:
+def test_an_aggregation_of_ones_own_is_three_functions() -> None:
     @dataclass(frozen=True)
     class Median:
         description = "median"
+        needs: frozenset[str] = frozenset({"queries", "one part"})
 
-        def __call__(self, importance: Importance) -> HeadScores:
+        def reduce(self, importance: Importance) -> HeadScores:
             scores: HeadScores = importance.flatten(1, 2).median(dim=1).values
             return scores
+
+        def merge(self, first: HeadScores, second: HeadScores) -> HeadScores:
+            raise AssertionError("of one part, there is nothing to merge")
+
+        def finish(self, reduced: HeadScores, counts: torch.Tensor) -> HeadScores:
+            return reduced
 
     policy = Policy("median", dkv.Budget.parse(0.25), WindowAttention(), PerLayer(), Median(), window_size=4)
     assert int(policy.select([observation(SHAPE, 0)])[0].sum()) == 30

@@ -46,7 +46,7 @@ def _layers(case: dict[str, Any]) -> tuple[list[dkv.Observation], list[Tensor], 
 def test_our_scores_are_the_authors(case: dict[str, Any]) -> None:
     observations, scores, _ = _layers(case)
     for observation, expected in zip(observations, scores, strict=True):
-        ours = _policy(case).score(observation, num_layers=len(observations))[0]
+        ours = _policy(case).score(observation, num_layers=len(observations)).scores[0]
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=0)
 
 

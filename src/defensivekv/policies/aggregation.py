@@ -1,9 +1,14 @@
-"""Importances of one entry, over queries and over the query heads of its group, to one score."""
+"""Importances of one entry, over queries and over the query heads of its group, to one score.
+
+An aggregation is three steps, so that queries may come in parts: `reduce` one part, `merge` what parts gave, `finish`.
+"""
 
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from defensivekv.errors import InvalidInputError
 from defensivekv.types import HeadScores, Importance
@@ -15,11 +20,26 @@ _TINY = 1e-12
 class Aggregation(Protocol):
     """(h, g, w, n) importances to (h, n) scores, head by head."""
 
-    def __call__(self, importance: Importance) -> HeadScores: ...
+    def reduce(self, importance: Importance) -> HeadScores:
+        """Over the queries and query heads of one part."""
+        ...
+
+    def merge(self, first: HeadScores, second: HeadScores) -> HeadScores:
+        """Of two parts' queries together. Parts that saw nothing of an entry are zero there."""
+        ...
+
+    def finish(self, reduced: HeadScores, counts: Tensor) -> HeadScores:
+        """The scores, once all queries are merged. counts: (n,) how many queries and query heads saw each entry."""
+        ...
 
     @property
     def description(self) -> str:
         """A few words for `defensivekv policies`."""
+        ...
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the scorer must give; see `scoring.Scorer.gives`."""
         ...
 
 
@@ -32,12 +52,36 @@ class Mean:
 
     kernel_size: int = 5
     description = "mean"
+    needs: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         _check_kernel_size(self.kernel_size)
 
-    def __call__(self, importance: Importance) -> HeadScores:
-        return _smooth(importance.mean(dim=(1, 2)), self.kernel_size)
+    def reduce(self, importance: Importance) -> HeadScores:
+        return importance.sum(dim=(1, 2))
+
+    def merge(self, first: HeadScores, second: HeadScores) -> HeadScores:
+        return first + second
+
+    def finish(self, reduced: HeadScores, counts: Tensor) -> HeadScores:
+        return _smooth(reduced / counts.clamp_min(1), self.kernel_size)
+
+
+@dataclass(frozen=True)
+class Max:
+    """The maximum over queries and query heads, and nothing else (KVzip, arXiv 2505.23416)."""
+
+    description = "worst case"
+    needs: frozenset[str] = frozenset({"queries"})
+
+    def reduce(self, importance: Importance) -> HeadScores:
+        return importance.amax(dim=(1, 2))
+
+    def merge(self, first: HeadScores, second: HeadScores) -> HeadScores:
+        return torch.maximum(first, second)
+
+    def finish(self, reduced: HeadScores, counts: Tensor) -> HeadScores:
+        return reduced
 
 
 @dataclass(frozen=True)
@@ -52,15 +96,58 @@ class Defensive:
 
     kernel_size: int = 5
     description = "worst case, floored at the mean"
+    needs: frozenset[str] = frozenset({"queries", "masses"})
 
     def __post_init__(self) -> None:
         _check_kernel_size(self.kernel_size)
 
-    def __call__(self, importance: Importance) -> HeadScores:
+    def reduce(self, importance: Importance) -> HeadScores:
         smoothed = _smooth(importance, self.kernel_size)
         scale = importance.sum(-1, keepdim=True) / (smoothed.sum(-1, keepdim=True) + _TINY)
-        worst = smoothed.mul_(scale).amax(dim=(1, 2))
-        return worst.clamp_min(worst.mean(-1, keepdim=True))
+        return smoothed.mul_(scale).amax(dim=(1, 2))
+
+    def merge(self, first: HeadScores, second: HeadScores) -> HeadScores:
+        return torch.maximum(first, second)
+
+    def finish(self, reduced: HeadScores, counts: Tensor) -> HeadScores:
+        return reduced.clamp_min(reduced.mean(-1, keepdim=True))
+
+
+@dataclass(frozen=True)
+class MeanAndVariance:
+    """`mean + gamma * variance` over the window's queries, smoothed, then the mean over query heads (CAKE, arXiv
+    2503.12491, section 4.3; the variance is the unbiased one, constants as in the DefensiveKV authors' runs).
+
+    kernel_size: width of the mean filter (stride 1, zero padded, padding counted).
+    """
+
+    gamma: float = 200.0
+    kernel_size: int = 5
+    description = "mean and variance over time"
+    needs: frozenset[str] = frozenset({"queries", "masses", "one part"})
+
+    def __post_init__(self) -> None:
+        _check_kernel_size(self.kernel_size)
+
+    def reduce(self, importance: Importance) -> HeadScores:
+        indicator = importance.mean(2)
+        if importance.shape[2] > 1:
+            indicator = indicator + self.gamma * importance.var(2)
+        return indicator.mean(1)
+
+    def merge(self, first: HeadScores, second: HeadScores) -> HeadScores:
+        # Parts of one window overlap nowhere: the scorer gives all of its queries at once.
+        return first + second
+
+    def finish(self, reduced: HeadScores, counts: Tensor) -> HeadScores:
+        return _smooth(reduced, self.kernel_size)
+
+
+def aggregate(aggregation: Aggregation, importance: Importance) -> HeadScores:
+    """The scores of queries that are all there at once."""
+    _, g, w, n = importance.shape
+    counts = torch.full((n,), g * w, device=importance.device)
+    return aggregation.finish(aggregation.reduce(importance), counts)
 
 
 def _check_kernel_size(kernel_size: int) -> None:

@@ -2,13 +2,39 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from defensivekv.errors import InvalidInputError
 from defensivekv.types import Keys, OutputProjection, Queries, Values
+
+
+@runtime_checkable
+class Rotary(Protocol):
+    """The rotation of queries and keys by their positions, as the model makes it.
+
+    positions: (t,) of one row's tokens.
+    """
+
+    @property
+    def positions(self) -> Int[Tensor, " t"]:
+        """See above."""
+        ...
+
+    def unrotate(self, vectors: Float[Tensor, "q n d"], positions: Int[Tensor, " n"]) -> Float[Tensor, "q n d"]:
+        """The vectors as they were before they were rotated by their positions."""
+        ...
+
+    def rotate_mean(self, vectors: Float[Tensor, "q n d"], positions: Int[Tensor, " p"]) -> Float[Tensor, "q n d"]:
+        """Every vector under the mean of the rotations by `positions`."""
+        ...
+
+    def row(self, row: int, valid: Bool[Tensor, " t"] | None) -> "Rotary":
+        """That of one row's valid tokens."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +42,7 @@ class Observation:
     """One layer's view of a batch of prompts.
 
     queries: (b, q, w, d) the last `w` valid queries of each row, after RoPE and normalisation. A policy
-        looks at the last `window_size` of them.
+        looks at as many of them as its scorer wants: none, the last `window_size`, or those of all tokens.
     keys: (b, h, t, d), after RoPE.  values: (b, h, t, v).
     output_projection: (hidden, q * v), the weight that maps the heads' outputs to the residual stream;
         needed by value weighting only.
@@ -24,6 +50,9 @@ class Observation:
     valid: (b, t) False at pads; None: no pads.
     softcap: logits become `softcap * tanh(logits / softcap)`; None: they stay.
     sinks: (q,) learned attention-sink logits that take part in the softmax; None: none.
+    rotary: for scorers that ask about positions to come; None: not known.
+    repeats: (start, stop) where the queries are those of a second reading, which repeats these tokens of the prompt;
+        keys and values then hold the `w` tokens of the repetition after those of the prompt. None: a prompt.
     """
 
     queries: Queries
@@ -34,6 +63,8 @@ class Observation:
     valid: Bool[Tensor, "b t"] | None = None
     softcap: float | None = None
     sinks: Float[Tensor, " q"] | None = None
+    rotary: Rotary | None = None
+    repeats: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         for name in ("queries", "keys", "values"):
@@ -61,6 +92,10 @@ class Observation:
             )
         if self.valid is not None and self.valid.shape != (b, self.num_tokens):
             raise InvalidInputError(f"valid {tuple(self.valid.shape)} must be (batch, tokens) = {(b, self.num_tokens)}")
+        if self.repeats is not None and (
+            self.valid is not None or not 0 <= self.repeats[0] < self.repeats[1] <= self.num_tokens - w
+        ):
+            raise InvalidInputError(f"repeats {self.repeats} must lie in a prompt without pads before {w} queries")
 
     @property
     def num_heads(self) -> int:
@@ -78,6 +113,11 @@ class Observation:
         return int(self.keys.shape[2])
 
     @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of a row's prompt: all, less those that repeat it."""
+        return self.num_tokens - (0 if self.repeats is None else int(self.queries.shape[2]))
+
+    @property
     def softmax_scaling(self) -> float:
         """`scaling`, or its default."""
         return float(self.queries.shape[-1]) ** -0.5 if self.scaling is None else self.scaling
@@ -91,6 +131,7 @@ class Observation:
                 keys=self.keys[row : row + 1],
                 values=self.values[row : row + 1],
                 valid=None,
+                rotary=None if self.rotary is None else self.rotary.row(row, self._valid_of(row)),
             )
             if self.valid is None or bool(self.valid[row].all()):
                 yield alone
@@ -106,6 +147,9 @@ class Observation:
                 keys=alone.keys[:, :, where],
                 values=alone.values[:, :, where],
             )
+
+    def _valid_of(self, row: int) -> Bool[Tensor, " t"] | None:
+        return None if self.valid is None else self.valid[row]
 
     def heads(self, start: int, stop: int) -> "Observation":
         """The key-value heads `start` to `stop` with their query heads, as views. No output projection."""

@@ -1,5 +1,6 @@
 """A policy: the frozen composition of scoring, aggregation, weighting, allocation and a budget."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import ceil, floor
@@ -11,19 +12,36 @@ from torch import Tensor
 from defensivekv.budget import Budget, entry_bytes
 from defensivekv.errors import BudgetError, InvalidInputError
 from defensivekv.policies.aggregation import Aggregation, Mean
-from defensivekv.policies.allocation import Allocation
+from defensivekv.policies.allocation import Allocation, Contender
+from defensivekv.policies.evidence import Evidence, observe
 from defensivekv.policies.observation import Observation
 from defensivekv.policies.scoring import Scorer
 from defensivekv.policies.weighting import Weighting
 from defensivekv.types import Kept, LayerScores
 
 SHORT_PROMPT_WINDOWS = 8
-"""A prompt shorter than this many windows is kept whole where its budget is below the window."""
+"""A prompt shorter than this many times what always stays is kept whole where its budget is below that."""
 
-_HEAD_CHUNK_ELEMENTS = 2**19
-"""Importances at a time on a CPU, where they should stay in the cache between the passes over them."""
+_REASONS = {
+    "queries": "sets one query against another, and {scorer} gives one importance for each entry",
+    "masses": "takes scores for attention, and those of {scorer} are none",
+    "one part": "needs all queries at once, and {scorer} gives them in parts",
+    "levels": "lets heads compete, and {scorer} scores every head alike",
+}
 
-_HEAD_CHUNK_ELEMENTS_GPU = 2**26
+
+@dataclass(frozen=True)
+class ScoredLayer:
+    """One layer's entries, scored.
+
+    scores: (b, h, t) float32; the higher, the more worth keeping; pads score -inf, rows that are kept whole inf.
+    preferences: of each row. index: of the layer among the `num_layers` evicted ones.
+    """
+
+    scores: LayerScores
+    preferences: tuple[float, ...]
+    index: int
+    num_layers: int
 
 
 @dataclass(frozen=True)
@@ -32,10 +50,13 @@ class Policy:
 
     name: the preset's name, or one of your own. budget: see `Budget`.
     scorer, aggregation, weighting, allocation: the parts; each has its own module.
-    window_size: the observation window, the last tokens of the prompt.
-    protect_window: the window's entries always stay (True), or compete with the layer's maximum score as in
+    window_size: the observation window, the last tokens of the prompt, where the scorer has one.
+    num_sinks: first tokens that always stay.
+    protect_window: what always stays has an infinite score (True), or competes with the layer's maximum score as in
         the authors' code (False: parity mode), where a tight budget can take a whole layer's window.
     paper: address of the paper.
+
+    Raises InvalidInputError for parts that cannot go together, with the reason.
     """
 
     name: str
@@ -45,82 +66,131 @@ class Policy:
     aggregation: Aggregation = field(default_factory=Mean)
     weighting: Weighting | None = None
     window_size: int = 32
+    num_sinks: int = 0
     protect_window: bool = True
     paper: str = ""
 
     def __post_init__(self) -> None:
         if self.window_size < 1:
             raise InvalidInputError(f"window_size {self.window_size} must be at least 1")
-        if self.budget.kind == "entries" and self.budget.amount < self.window_size:
+        for part in (self.aggregation, self.weighting, self.allocation):
+            for need in sorted(part.needs - self.scorer.gives) if part is not None else ():
+                reason = _REASONS[need].format(scorer=f"{type(self.scorer).__name__} ({self.scorer.description})")
+                raise InvalidInputError(
+                    f"{type(part).__name__} ({part.description}) {reason}: choose another of either"  # type: ignore[union-attr]
+                )
+        if self.budget.kind == "entries" and self.budget.amount < self.num_staying:
             raise BudgetError(
-                f"budget {self.budget} is below the observation window of {self.window_size}: "
-                f"give at least {self.window_size}, or a smaller window_size"
+                f"budget {self.budget} is below {self._staying}: give at least {self.num_staying}{self._smaller_window}"
             )
+
+    @property
+    def num_staying(self) -> int:
+        """Entries of a head that always stay: its window and its first tokens; 1 where nothing does."""
+        return max(1, self.num_sinks + (self.window_size if self.scorer.has_window else 0))
+
+    @property
+    def _staying(self) -> str:
+        if self.scorer.has_window:
+            sinks = f" and {self.num_sinks} first tokens" if self.num_sinks else ""
+            return f"the observation window of {self.window_size}{sinks}"
+        return f"the {self.num_staying} first tokens" if self.num_sinks else "one entry"
+
+    @property
+    def _smaller_window(self) -> str:
+        return ", or a smaller window_size" if self.scorer.has_window and self.window_size > 1 else ""
 
     def row_share(self, num_tokens: int, bytes_per_token: int) -> Fraction:
         """The share of its entries that a prompt of `num_tokens` keeps; 1 where it is kept whole.
 
         bytes_per_token: what a token's entries take over all evicted layers. A prompt shorter than
-        `SHORT_PROMPT_WINDOWS` windows whose budget is below one window is not worth compressing: kept whole.
-        Raises BudgetError for longer ones, InvalidInputError for a prompt of no tokens.
+        `SHORT_PROMPT_WINDOWS` times what always stays, whose budget is below that, is not worth compressing: kept
+        whole. Raises BudgetError for longer ones, InvalidInputError for a prompt of no tokens.
         """
         if num_tokens < 1:
             raise InvalidInputError("the prompt has no tokens: pass at least one")
-        share = self.budget.share(num_tokens, bytes_per_token)
-        if share >= 1 or num_tokens <= self.window_size:
+        share, staying = self.budget.share(num_tokens, bytes_per_token), self.num_staying
+        if share >= 1 or num_tokens <= staying:
             return Fraction(1)
-        if floor(num_tokens * share) >= self.window_size:
+        if floor(num_tokens * share) >= staying:
             return share
-        if num_tokens < SHORT_PROMPT_WINDOWS * self.window_size:
+        if num_tokens < SHORT_PROMPT_WINDOWS * staying:
             return Fraction(1)
         raise BudgetError(
             f"budget {self.budget} of a prompt of {num_tokens} tokens is {floor(num_tokens * share)} entries per "
-            f"head, below the observation window of {self.window_size}: give at least "
-            f"{ceil(10**4 * self.window_size / num_tokens) / 10**4}, or a smaller window_size"
+            f"head, below {self._staying}: give at least "
+            f"{ceil(10**4 * staying / num_tokens) / 10**4}{self._smaller_window}"
         )
 
-    def score(self, observation: Observation, *, num_layers: int = 1) -> LayerScores:
-        """Scores of one layer's entries, (b, h, t) float32; the higher, the more worth keeping.
-
-        Pads score -inf; rows that are kept whole score inf. `num_layers` is the number of evicted layers, which
-        a budget in bytes is shared among (each layer getting an even part). Every row is scored alone.
-        Raises InvalidInputError where keys, values, queries or scores hold NaN.
-        """
-        return self._score(observation, self._shares(observation, bytes_per_token(observation) * num_layers))
+    def observe(self, observation: Observation) -> list[Evidence]:
+        """What the observation's queries say of each row, to be merged with that of others of the same prompt."""
+        return [self._observe(row) for row in observation.rows()]
 
     @torch.no_grad()
-    def _score(self, observation: Observation, shares: list[Fraction]) -> LayerScores:
+    def score(
+        self,
+        observation: Observation,
+        *,
+        index: int = 0,
+        num_layers: int = 1,
+        evidence: Sequence[Evidence] | None = None,
+    ) -> ScoredLayer:
+        """Scores of one layer's entries. Every row is scored alone.
+
+        index: of the layer among the `num_layers` evicted ones, which a budget in bytes is shared among (each layer
+        getting an even part). evidence: of each row, where it was observed before; None: of this observation's queries.
+        Raises InvalidInputError where keys, values, queries or scores hold NaN.
+        """
+        shares = self._shares(observation, bytes_per_token(observation) * num_layers)
+        return self._score(observation, shares, index, num_layers, evidence)
+
+    @torch.no_grad()
+    def _score(
+        self,
+        observation: Observation,
+        shares: list[Fraction],
+        index: int,
+        num_layers: int,
+        evidence: Sequence[Evidence] | None = None,
+    ) -> ScoredLayer:
+        given = [None] * len(shares) if evidence is None else evidence
+        scored = [
+            self._score_row(row, share, seen)
+            for row, share, seen in zip(observation.rows(), shares, given, strict=True)
+        ]
+        scores, preferences = [row for row, _ in scored], tuple(preference for _, preference in scored)
         valid = observation.valid
-        scores = [self._score_row(row, share) for row, share in zip(observation.rows(), shares, strict=True)]
         if valid is None:
-            return torch.stack(scores)
+            return ScoredLayer(torch.stack(scores), preferences, index, num_layers)
         b, h, t = observation.keys.shape[:3]
         padded = scores[0].new_full((b, h, t), float("-inf"))
         for row, row_scores in enumerate(scores):
             padded[row][:, valid[row]] = row_scores
-        return padded
+        return ScoredLayer(padded, preferences, index, num_layers)
 
-    def keep(self, scores: list[LayerScores], shares: list[Fraction]) -> list[Kept]:
+    def keep(self, layers: Sequence[ScoredLayer], shares: list[Fraction]) -> list[Kept]:
         """The kept sets, (b, h, t) for each layer.
 
-        scores: of every layer that competes, from `score`: one layer, or all of them where
-        `allocation.spans_layers`. shares: for each row, from `row_share`.
+        layers: every layer that competes, from `score`: one layer, or all of them where `allocation.spans_layers`.
+        shares: for each row, from `row_share`.
         """
-        kept = [torch.zeros_like(layer, dtype=torch.bool) for layer in scores]
+        kept = [torch.zeros_like(layer.scores, dtype=torch.bool) for layer in layers]
         for row, share in enumerate(shares):
-            valid = scores[0][row, 0] > float("-inf")
+            valid = layers[0].scores[row, 0] > float("-inf")
+            whole = bool(valid.all())
+            rows = [layer.scores[row] if whole else layer.scores[row][:, valid] for layer in layers]
             if share >= 1:
-                row_kept = [layer[row] > float("-inf") for layer in scores]
-            elif bool(valid.all()):
-                row_kept = self.allocation([layer[row] for layer in scores], share)
+                row_kept = [torch.ones_like(scores, dtype=torch.bool) for scores in rows]
             else:
-                row_kept = []
-                for mask in self.allocation([layer[row][:, valid] for layer in scores], share):
-                    padded = torch.zeros(mask.shape[0], len(valid), dtype=torch.bool, device=mask.device)
-                    padded[:, valid] = mask
-                    row_kept.append(padded)
-            for layer, mask in zip(kept, row_kept, strict=True):
-                layer[row] = mask
+                row_kept = self.allocation(
+                    [
+                        Contender(scores, layer.index, layer.num_layers, layer.preferences[row], self._window)
+                        for scores, layer in zip(rows, layers, strict=True)
+                    ],
+                    share,
+                )
+            for layer_kept, mask in zip(kept, row_kept, strict=True):
+                layer_kept[row][:, valid] = mask
         return kept
 
     def select(self, observations: list[Observation]) -> list[Kept]:
@@ -133,47 +203,50 @@ class Policy:
         if len({(observation.keys.shape[0], observation.num_tokens) for observation in observations}) > 1:
             raise InvalidInputError("the layers' observations differ in batch or tokens: pass those of one prompt")
         shares = self._shares(observations[0], sum(bytes_per_token(observation) for observation in observations))
-        scores = [self._score(observation, shares) for observation in observations]
+        count = len(observations)
+        scored = [self._score(observation, shares, index, count) for index, observation in enumerate(observations)]
         if self.allocation.spans_layers:
-            return self.keep(scores, shares)
-        return [self.keep([layer], shares)[0] for layer in scores]
+            return self.keep(scored, shares)
+        return [self.keep([layer], shares)[0] for layer in scored]
+
+    @property
+    def _window(self) -> int:
+        return self.window_size if self.scorer.has_window else 0
 
     def _shares(self, observation: Observation, size: int) -> list[Fraction]:
-        return [self.row_share(row.num_tokens, size) for row in observation.rows()]
+        return [self.row_share(row.num_prompt_tokens, size) for row in observation.rows()]
 
-    def _score_row(self, row: Observation, share: Fraction) -> Float[Tensor, "h t"]:
+    def _observe(self, row: Observation) -> Evidence:
         row.check_finite()
+        return observe(
+            row,
+            self.window_size,
+            scorer=self.scorer,
+            aggregation=self.aggregation,
+            preference=self.allocation.preference,
+            with_means=self.weighting is not None,
+        )
+
+    def _score_row(
+        self, row: Observation, share: Fraction, evidence: Evidence | None
+    ) -> tuple[Float[Tensor, "h t"], float]:
         if share >= 1:
-            return torch.full((row.num_heads, row.num_tokens), float("inf"), device=row.keys.device)
-        scores, mean = self._aggregate(row)
-        if self.weighting is not None:
-            scores = self.weighting(scores, mean, row, share)
+            row.check_finite()
+            return torch.full((row.num_heads, row.num_tokens), float("inf"), device=row.keys.device), 1.0
+        seen = self._observe(row) if evidence is None else evidence
+        scores = self.aggregation.finish(seen.reduced, seen.counts)
+        if self.weighting is not None and seen.means is not None:
+            scores = self.weighting(scores, seen.means, row, share)
         if bool(torch.isnan(scores.sum())):
             raise InvalidInputError("scores hold NaN: the window's attention or the value norms overflowed")
-        if scores.shape[0] != row.num_heads or scores.shape[-1] > row.num_tokens or not scores.is_floating_point():
-            raise InvalidInputError(
-                f"policy {self.name!r} scored {tuple(scores.shape)} {scores.dtype}: a scorer gives floating (heads, "
-                f"groups, queries, entries) for the first of {row.num_heads} heads' {row.num_tokens} entries"
-            )
+        preference = self.allocation.preference
+        asked = 1.0 if preference is None or seen.measured is None else preference.finish(seen.measured)
         # -inf is kept for pads.
         scores = scores.clamp_min(torch.finfo(scores.dtype).min)
-        window = row.num_tokens - scores.shape[-1]
         top = float("inf") if self.protect_window else float(scores.max())
-        return torch.nn.functional.pad(scores, (0, window), value=top)
-
-    def _aggregate(self, row: Observation) -> tuple[Float[Tensor, "h n"], Float[Tensor, "h n"]]:
-        """Scores and mean importances, some heads at a time, so that few importances are held at once."""
-        per_head = row.num_groups * self.window_size * row.num_tokens
-        is_cpu = row.keys.device.type == "cpu"
-        step = max(1, (_HEAD_CHUNK_ELEMENTS if is_cpu else _HEAD_CHUNK_ELEMENTS_GPU) // per_head)
-        scores, means = [], []
-        for start in range(0, row.num_heads, step):
-            importance = self.scorer(row.heads(start, min(start + step, row.num_heads)), self.window_size)
-            scores.append(self.aggregation(importance))
-            if self.weighting is not None:
-                means.append(importance.mean(dim=(1, 2)))
-        joined = torch.cat(scores)
-        return joined, torch.cat(means) if means else joined
+        scores = torch.nn.functional.pad(scores, (0, row.num_prompt_tokens - scores.shape[-1]), value=top)
+        scores[:, : self.num_sinks] = top
+        return scores, asked
 
 
 def bytes_per_token(observation: Observation) -> int:

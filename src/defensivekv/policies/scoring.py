@@ -1,5 +1,6 @@
-"""Importance: what one observed query says of one entry."""
+"""Importance: what one observed query says of one entry, where queries are looked at."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -11,20 +12,54 @@ from defensivekv.errors import InvalidInputError
 from defensivekv.policies.observation import Observation
 from defensivekv.types import Importance
 
+_PART_ELEMENTS = 2**19
+"""Importances that a scorer of many queries gives at a time, so that they stay in a CPU's cache."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What some queries say of some entries.
+
+    importance: (h, g, w, m) float32, of the entries from `start` on.
+    """
+
+    importance: Importance
+    start: int = 0
+
 
 @runtime_checkable
 class Scorer(Protocol):
     """Importances of one row's entries.
 
-    Takes an observation of one row (batch size 1, no pads) and the window's size; gives (h, g, w, n) float32.
-    `n` is the number of scored tokens: the first `n` of the row. The rest, if any, is the protected window.
+    Takes an observation of one row (batch size 1, no pads) and the window's size; gives them in parts, which have
+    different queries or different entries.
     """
 
-    def __call__(self, row: Observation, window_size: int) -> Importance: ...
+    def __call__(self, row: Observation, window_size: int) -> Iterator[Part]: ...
 
     @property
     def description(self) -> str:
         """A few words for `defensivekv policies`."""
+        ...
+
+    @property
+    def sees(self) -> str:
+        """Which queries it wants: "nothing", the last "window", the whole "prompt", or those of a "reconstruction"."""
+        ...
+
+    @property
+    def has_window(self) -> bool:
+        """Whether the last tokens are left unscored, because they stay."""
+        ...
+
+    @property
+    def gives(self) -> frozenset[str]:
+        """What other parts may build on.
+
+        "queries": several importances of an entry, one for each query or query head. "masses": they are attention
+        weights or as these, not negative. "one part": all queries come together. "levels": they tell one head from
+        another, so that heads can compete.
+        """
         ...
 
 
@@ -38,43 +73,158 @@ class WindowAttention:
     """
 
     description = "attention of the last prompt tokens"
+    sees = "window"
+    has_window = True
+    gives = frozenset({"queries", "masses", "one part", "levels"})
 
-    def __call__(self, row: Observation, window_size: int) -> Importance:
-        queries = row.queries[0, :, -window_size:]
-        q, w, d = queries.shape
-        h, t = row.num_heads, row.num_tokens
+    def __call__(self, row: Observation, window_size: int) -> Iterator[Part]:
+        t, w = row.num_tokens, min(window_size, row.queries.shape[2])
         if w < min(window_size, t):
             raise InvalidInputError(f"{w} queries do not fill the observation window of {window_size}: pass as many")
-        # Scaled first: products of large keys can exceed float16 where the model's own logits do not.
-        grouped = (queries * row.softmax_scaling).reshape(h, q // h * w, d)
-        logits = (grouped @ row.keys[0].mT).float().view(h, q // h, w, t)
-        if row.softcap is not None:
-            logits = torch.tanh(logits / row.softcap) * row.softcap
-        future = torch.ones(w, w, dtype=torch.bool, device=logits.device).triu(1)
-        logits[..., t - w :].masked_fill_(future, float("-inf"))
-        return _softmax(logits, row.sinks)[..., : t - w].to(row.keys.dtype).float()
+        weights = attention_weights(row, row.queries[0, :, -w:], row.keys[0], first=t - w)
+        yield Part(weights[..., : t - w])
 
 
-def _softmax(logits: Float[Tensor, "h g w t"], sinks: Float[Tensor, " q"] | None) -> Float[Tensor, "h g w t"]:
+@dataclass(frozen=True)
+class PromptAttention:
+    """Attention weights of all of the prompt's queries (H2O, arXiv 2306.14048, section 4). Quadratic in the prompt.
+
+    by_viewers: an entry's weights are divided by the share of the queries that could see it, as in kvpress, which
+    takes the advantage away that early entries have.
+    """
+
+    by_viewers: bool = False
+    description = "attention of all prompt tokens"
+    sees = "prompt"
+    has_window = False
+    gives = frozenset({"queries", "masses", "levels"})
+
+    def __call__(self, row: Observation, window_size: int) -> Iterator[Part]:
+        t = row.num_tokens
+        if row.queries.shape[2] < t:
+            raise InvalidInputError(f"{row.queries.shape[2]} queries of {t} tokens: pass those of the whole prompt")
+        step = max(1, _PART_ELEMENTS // (row.queries.shape[1] * t))
+        for start in range(0, t, step):
+            weights = attention_weights(row, row.queries[0, :, start : start + step], row.keys[0], first=start)
+            if self.by_viewers:
+                weights = weights * (t / torch.arange(t, 0, -1, device=weights.device))
+            yield Part(weights)
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Attention weights of a second reading, in which the model is made to repeat the prompt (KVzip, arXiv 2505.23416).
+
+    The prompt is repeated chunk by chunk; the queries of the repetition are observed on the chunk's own entries, with
+    the first `num_sinks` entries and the repetition itself in the softmax. Reading takes about twice the time. Raises
+    InvalidInputError without a repetition: only `compress` and `prefill` make one.
+
+    chunk_size: prompt tokens that are repeated at a time. num_sinks: entries that take part in every softmax.
+    """
+
+    chunk_size: int = 2048
+    num_sinks: int = 4
+    description = "attention while repeating the prompt"
+    sees = "reconstruction"
+    has_window = False
+    gives = frozenset({"queries", "masses", "levels"})
+
+    def __post_init__(self) -> None:
+        if self.chunk_size < 1:
+            raise InvalidInputError(f"chunk_size {self.chunk_size} must be at least 1")
+
+    def __call__(self, row: Observation, window_size: int) -> Iterator[Part]:
+        if row.repeats is None:
+            raise InvalidInputError("no repetition of the prompt was observed: read it with compress() or prefill()")
+        start, stop = row.repeats
+        x, h, q = row.queries.shape[2], row.num_heads, row.queries.shape[1]
+        sinks = min(self.num_sinks, start)
+        keys = torch.cat((row.keys[0, :, :sinks], row.keys[0, :, start:stop], row.keys[0, :, -x:]), dim=1)
+        step = max(1, _PART_ELEMENTS // (q * keys.shape[1]))
+        for first in range(0, x, step):
+            queries = row.queries[0, :, first : first + step]
+            weights = attention_weights(row, queries, keys, first=sinks + stop - start + first)
+            yield Part(weights[..., sinks : sinks + stop - start].reshape(h, q // h, -1, stop - start), start)
+
+
+def attention_weights(
+    row: Observation, queries: Float[Tensor, "q x d"], keys: Float[Tensor, "h m d"], *, first: int
+) -> Importance:
+    """`softmax(q·kᵀ·scaling)` under the causal mask, (h, g, x, m) float32, rounded to the keys' dtype.
+
+    first: place among the keys of the first query's own. Softcap, sinks and scaling are those of `row`.
+    """
+    q, x, d = queries.shape
+    h, m, _ = keys.shape
+    # Scaled first: products of large keys can exceed float16 where the model's own logits do not.
+    grouped = (queries * row.softmax_scaling).reshape(h, q // h * x, d)
+    logits = (grouped @ keys.mT).float().view(h, q // h, x, m)
+    if row.softcap is not None:
+        logits = torch.tanh(logits / row.softcap) * row.softcap
+    future = torch.ones(x, m - first, dtype=torch.bool, device=logits.device).triu(1)
+    logits[..., first:].masked_fill_(future, float("-inf"))
+    return _softmax(logits, row.sinks).to(keys.dtype).float()
+
+
+def _softmax(logits: Float[Tensor, "h g x m"], sinks: Float[Tensor, " q"] | None) -> Float[Tensor, "h g x m"]:
     if sinks is None:
         return logits.softmax(-1)
-    h, g, w, _ = logits.shape
-    sink = sinks.float().view(h, g, 1, 1).expand(h, g, w, 1)
+    h, g, x, _ = logits.shape
+    sink = sinks.float().view(h, g, 1, 1).expand(h, g, x, 1)
     return torch.cat((logits, sink), dim=-1).softmax(-1)[..., :-1]
 
 
 @dataclass(frozen=True)
-class Recency:
-    """Later tokens score higher, the first `num_sinks` highest (StreamingLLM, arXiv 2309.17453)."""
+class ExpectedAttention:
+    """Attention that future queries can be expected to pay (Expected Attention, arXiv 2510.00636).
 
+    The prompt's queries before rotation are taken as normally distributed, `q ~ N(mu, C)`, and turned by the mean
+    rotation of the next `num_future` positions; then `E[exp(q·k·s)] = exp(mu·k·s + k·C·k·s²/2)`, normalised over the
+    entries after the first `num_sinks`. Raises InvalidInputError without the model's rotation.
+    """
+
+    num_future: int = 512
     num_sinks: int = 4
-    description = "first tokens and last tokens"
+    description = "attention expected of queries to come"
+    sees = "prompt"
+    has_window = False
+    gives = frozenset({"masses", "levels"})
 
-    def __call__(self, row: Observation, window_size: int) -> Importance:
+    def __call__(self, row: Observation, window_size: int) -> Iterator[Part]:
+        t, h = row.num_tokens, row.num_heads
+        if row.rotary is None:
+            raise InvalidInputError("expected attention needs the model's rotary embedding: give Observation(rotary=)")
+        if row.queries.shape[2] < t:
+            raise InvalidInputError(f"{row.queries.shape[2]} queries of {t} tokens: pass those of the whole prompt")
+        sinks = min(self.num_sinks, t - 1)
+        positions = row.rotary.positions
+        queries = row.rotary.unrotate(row.queries[0, :, sinks:], positions[sinks:]).float()
+        mean = queries.mean(1, keepdim=True)
+        centred = queries - mean
+        covariance = centred.mT @ centred / centred.shape[1]
+        future = positions[-1] + 1 + torch.arange(self.num_future, device=positions.device)
+        mean = row.rotary.rotate_mean(mean, future)
+        covariance = row.rotary.rotate_mean(row.rotary.rotate_mean(covariance, future).mT, future)
+        keys = row.keys[0, :, sinks:].float().repeat_interleave(row.num_groups, dim=0)
+        scale = row.softmax_scaling
+        logits = (mean @ keys.mT).squeeze(1) * scale + ((keys @ covariance) * keys).sum(-1) * scale**2 / 2
+        expected = logits.softmax(-1).view(h, row.num_groups, 1, t - sinks)
+        yield Part(torch.nn.functional.pad(expected, (sinks, 0)))
+
+
+@dataclass(frozen=True)
+class Recency:
+    """Later tokens score higher (StreamingLLM, arXiv 2309.17453)."""
+
+    description = "last tokens"
+    sees = "nothing"
+    has_window = False
+    gives: frozenset[str] = frozenset()
+
+    def __call__(self, row: Observation, window_size: int) -> Iterator[Part]:
         t = row.num_tokens
         scores = torch.arange(t, dtype=torch.float32, device=row.keys.device) / t
-        scores[: self.num_sinks] = 1.0
-        return scores.expand(row.num_heads, 1, 1, t)
+        yield Part(scores.expand(row.num_heads, 1, 1, t))
 
 
 @dataclass(frozen=True)
@@ -83,11 +233,14 @@ class UniformRandom:
 
     seed: int = 0
     description = "chance"
+    sees = "nothing"
+    has_window = True
+    gives = frozenset({"levels"})
 
-    def __call__(self, row: Observation, window_size: int) -> Importance:
+    def __call__(self, row: Observation, window_size: int) -> Iterator[Part]:
         w = min(window_size, row.num_tokens)
         # The layer's content enters the seed, so that layers and prompts differ and a run repeats.
         content = int(row.keys.float().abs().sum().item() * 1e3) % 2**31
         generator = torch.Generator().manual_seed(self.seed * 2**31 + content)
         scores = torch.rand(row.num_heads, 1, 1, row.num_tokens - w, generator=generator)
-        return scores.to(row.keys.device)
+        yield Part(scores.to(row.keys.device))

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from defensivekv.errors import InvalidInputError
+from defensivekv.policies.allocation import Contender, PerLayer
 from defensivekv.policies.observation import Observation
 from defensivekv.types import HeadScores
 
@@ -31,6 +32,16 @@ class Weighting(Protocol):
         """A few words for `defensivekv policies`."""
         ...
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the scorer must give; see `scoring.Scorer.gives`."""
+        ...
+
+    @property
+    def needs_projection(self) -> bool:
+        """Whether it reads the layer's output projection."""
+        ...
+
 
 @dataclass(frozen=True)
 class TwoStageValueNorm:
@@ -44,6 +55,8 @@ class TwoStageValueNorm:
 
     mass: float = 0.9
     description = "value norm, mass pinned first"
+    needs: frozenset[str] = frozenset({"masses"})
+    needs_projection = True
 
     def __call__(
         self, scores: HeadScores, mean_importance: HeadScores, row: Observation, share: Fraction
@@ -53,7 +66,7 @@ class TwoStageValueNorm:
         # A token whose values are all zero has no norm to divide by, and nothing to lose.
         total = norms.sum(0, keepdim=True).clamp_min(torch.finfo(norms.dtype).tiny)
         weighted = scores * (norms / total)
-        window = row.num_tokens - n
+        window = row.num_prompt_tokens - n
         limit = max(0, floor(n * share - window))
         bias = mean_importance[:, max(0, n - window) :].sum(-1).mean()
         ranked, order = mean_importance.sort(dim=-1, descending=True)
@@ -70,21 +83,71 @@ class TwoStageCritical:
 
     The best entries by score fill the first half of each head's budget (`first_stage`, the window counted);
     the rest are ranked by `(score + epsilon) * value norm`.
+
+    head_budgets: how a layer's budget is split over its heads, by the scores before they are weighted (Ada-CriticalKV);
+    what fills them then scores the most, for an allocation that takes as many of the layer. None: every head gets the
+    same.
     """
 
     first_stage: Fraction = Fraction(1, 2)
     epsilon: float = 1e-4
+    head_budgets: PerLayer | None = None
     description = "value norm after half by score"
+    needs: frozenset[str] = frozenset({"masses"})
+    needs_projection = True
 
     def __call__(
         self, scores: HeadScores, mean_importance: HeadScores, row: Observation, share: Fraction
     ) -> HeadScores:
         n = scores.shape[-1]
-        window = row.num_tokens - n
-        count = min(n, max(0, floor(row.num_tokens * share * self.first_stage) - window))
-        first = scores.topk(count, dim=-1).indices
-        weighted = (scores + self.epsilon) * value_norms(row)[:, :n]
-        return weighted.scatter(-1, first, torch.finfo(weighted.dtype).max)
+        window = row.num_prompt_tokens - n
+        norms = value_norms(row)[:, :n]
+        weighted = (scores + self.epsilon) * norms
+        top = torch.finfo(weighted.dtype).max
+        if self.head_budgets is None:
+            count = min(n, max(0, floor(row.num_prompt_tokens * share * self.first_stage) - window))
+            return weighted.scatter(-1, scores.topk(count, dim=-1).indices, top)
+        padded = torch.nn.functional.pad(scores, (0, window), value=float("inf"))
+        budgets = self.head_budgets([Contender(padded)], share)[0].sum(-1)
+        for head, budget in enumerate(budgets.tolist()):
+            first = max(0, floor(budget * self.first_stage) - window)
+            weighted[head, scores[head].topk(first).indices] = top
+            weighted[head, weighted[head].topk(max(0, budget - window)).indices] = top
+        return weighted
+
+
+@dataclass(frozen=True)
+class ValueSize:
+    """`(score + epsilon) * ‖v‖₂`, without the output projection (Expected Attention, arXiv 2510.00636)."""
+
+    epsilon: float = 0.0
+    description = "size of the value"
+    needs: frozenset[str] = frozenset({"masses"})
+    needs_projection = False
+
+    def __call__(
+        self, scores: HeadScores, mean_importance: HeadScores, row: Observation, share: Fraction
+    ) -> HeadScores:
+        size: HeadScores = row.values[0, :, : scores.shape[-1]].float().norm(dim=-1)
+        return (scores + self.epsilon) * size
+
+
+@dataclass(frozen=True)
+class RecentFirst:
+    """A part of each head's budget goes to its latest entries (H2O, arXiv 2306.14048, section 4: one half)."""
+
+    part: Fraction = Fraction(1, 2)
+    description = "half of it to the latest"
+    needs: frozenset[str] = frozenset()
+    needs_projection = False
+
+    def __call__(
+        self, scores: HeadScores, mean_importance: HeadScores, row: Observation, share: Fraction
+    ) -> HeadScores:
+        n = scores.shape[-1]
+        latest = floor(row.num_prompt_tokens * share * self.part) - (row.num_prompt_tokens - n)
+        recent = torch.arange(n, device=scores.device) >= n - latest
+        return scores.masked_fill(recent, torch.finfo(scores.dtype).max)
 
 
 @torch.no_grad()

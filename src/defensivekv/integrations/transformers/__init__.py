@@ -3,6 +3,7 @@
 from defensivekv.integrations.transformers.cache import EvictingCache
 from defensivekv.integrations.transformers.context import Answer, Context, compress
 from defensivekv.integrations.transformers.model import check_supported, disable, enable, is_enabled
+from defensivekv.integrations.transformers.prefill import prefill
 from defensivekv.integrations.transformers.report import CacheReport, LayerReport
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "disable",
     "enable",
     "is_enabled",
+    "prefill",
 ]

@@ -43,6 +43,7 @@ class Handoff(Protocol):
         scaling: float,
         softcap: float | None,
         sinks: Tensor | None,
+        positions: Tensor | None,
     ) -> None:
         """Called once the attention is computed: the cache may evict."""
         ...
@@ -108,7 +109,7 @@ def attention_forward(
         if (hidden := getattr(attention_mask, _HIDDEN, None)) is not None:
             handoff.check_hidden(hidden)
         output = _read(handoff.view, query, key, value, attention_mask, scale, softcap, s_aux)
-    handoff.observe(module, query, attention_mask, scale, softcap, s_aux)
+    handoff.observe(module, query, attention_mask, scale, softcap, s_aux, kwargs.get("position_ids"))
     return output, None
 
 

@@ -2,6 +2,9 @@
 
 import copy
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,11 +15,12 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from defensivekv.budget import Budget
 from defensivekv.errors import CacheError, InvalidInputError
-from defensivekv.integrations.transformers.checks import check_forward, check_model, check_tokens
-from defensivekv.integrations.transformers.decision import PromptDecision
+from defensivekv.integrations.transformers.checks import check_forward, check_model, check_single_reading, check_tokens
+from defensivekv.integrations.transformers.decision import Pending, PromptDecision
 from defensivekv.integrations.transformers.layer import EvictedLayer, LayerHandoff
 from defensivekv.integrations.transformers.model import check_supported, max_positions, plan_layers, text_config
 from defensivekv.integrations.transformers.report import CacheReport, LayerReport
+from defensivekv.integrations.transformers.rotary import ModelRotary
 from defensivekv.policies import Policy
 from defensivekv.policies import policy as make_policy
 
@@ -57,6 +61,9 @@ class EvictingCache(Cache):
         self.evicted_layers = tuple(index for index, plan in enumerate(self._plans) if plan.evicted)
         """Numbers of the model's layers that are evicted; the first dimension of `lengths` follows them."""
         self.outstanding: LayerHandoff | None = None
+        self.repeats: tuple[int, int] | None = None
+        """What part of the prompt is being repeated; None: nothing is."""
+        self._is_reconstructing = False
         self._drafting_from = 0
         self._decision = PromptDecision(self.policy, self.evicted_layers)
         super().__init__(layers=self._new_layers())
@@ -81,11 +88,15 @@ class EvictingCache(Cache):
                 "not the one that the cache was made for, or it changes its keys after the cache and is not supported; "
                 "make an EvictingCache for each model, and call defensivekv.enable on it"
             )
-        if layer.pending is not None:
+        if layer.pending is not None and self.repeats is None:
             raise CacheError("a prompt waits for its drafts to be verified: call crop() before going on")
         if layer.index == self.evicted_layers[0]:
+            if self.repeats is not None:
+                return
             check_forward(self._evicted, keys, values, self.policy, self._max_tokens, self._drafting_from)
             self._drafting_from = 0
+            if not layer.store.seen and not self._is_reconstructing:
+                check_single_reading(self.policy)
 
     def check_module(self, module: nn.Module) -> None:
         """Raises CacheError where `module` is not a part of the model that this cache was made for."""
@@ -116,9 +127,41 @@ class EvictingCache(Cache):
         assert pending is not None
         tail = layer.store.tail
         assert tail is not None
+        if self.policy.scorer.sees == "prompt":
+            pending = self._with_rotary(pending, layer.index)
         observation = pending.observation(tail.keys, tail.values, self.policy)
-        for index, kept in self._decision.add(layer.index, observation).items():
+        for index, kept in self._decision.add(layer.index, observation, pending.evidence).items():
             self.layers[index].store.compact(kept)
+
+    def _with_rotary(self, pending: Pending, index: int) -> Pending:
+        model = self._model()
+        assert model is not None
+        b, t = pending.queries.shape[0], self.layers[index].store.seen
+        positions = torch.arange(t, device=pending.queries.device)[None]
+        if pending.positions is not None:
+            # Drafts that were taken back are counted in what the model was given.
+            positions = pending.positions[..., :t].to(pending.queries.device)
+        rotary = ModelRotary(model, pending.module, self._plans[index].kind, positions.expand(b, -1))
+        return replace(pending, rotary=rotary)
+
+    @property
+    def awaits_repeats(self) -> bool:
+        """Whether the policy wants to hear the prompt repeated before it decides."""
+        wants = self.policy.scorer.sees == "reconstruction" and not self.policy.budget.is_full
+        return wants and self._is_reconstructing
+
+    @contextmanager
+    def reconstructing(self) -> Iterator[None]:
+        """Around the reading of a prompt and of what repeats it, after which is decided; see `prefill`."""
+        self._is_reconstructing = True
+        try:
+            yield
+            self.repeats = None
+            for layer in self._evicted:
+                if layer.pending is not None:
+                    self.decide(layer)
+        finally:
+            self._is_reconstructing, self.repeats = False, None
 
     # ------------------------------------------------------------------ what transformers asks for
 
@@ -159,7 +202,7 @@ class EvictingCache(Cache):
 
     def reset(self) -> None:
         """Forgets everything; the cache can take a new prompt."""
-        self.outstanding, self._drafting_from = None, 0
+        self.outstanding, self.repeats, self._drafting_from = None, None, 0
         self._decision = PromptDecision(self.policy, self.evicted_layers)
         # New layers, because what a stock layer's own reset leaves behind differs between releases.
         self.layers = self._new_layers()

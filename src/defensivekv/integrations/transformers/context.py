@@ -14,6 +14,7 @@ from defensivekv.budget import Budget
 from defensivekv.errors import InvalidInputError
 from defensivekv.integrations.transformers.cache import EvictingCache
 from defensivekv.integrations.transformers.model import enable, max_positions
+from defensivekv.integrations.transformers.prefill import prefill
 from defensivekv.integrations.transformers.report import CacheReport
 from defensivekv.integrations.transformers.versions import CACHE_ARGUMENT
 from defensivekv.policies import Policy
@@ -124,7 +125,7 @@ def compress(
     _check_length(model, ids.shape[1] + 1, "the document")
     enable(model)
     start = time.perf_counter()
-    model(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE_ARGUMENT: cache})
+    prefill(model, cache, ids, tokenizer=tokenizer, suffix=suffix)
     return Context(model, tokenizer, cache, ids, suffix, time.perf_counter() - start)
 
 

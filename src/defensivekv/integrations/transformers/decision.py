@@ -1,6 +1,7 @@
 """What is decided of one prompt: its scores, layer by layer, and what stays."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 from defensivekv.errors import CacheError, DefensiveKVWarning, InvalidInputError
 from defensivekv.integrations.transformers.model import output_projection
 from defensivekv.policies import Observation, Policy
-from defensivekv.policies.policy import bytes_per_token
-from defensivekv.types import Kept, Keys, LayerScores, Values
+from defensivekv.policies.evidence import Evidence
+from defensivekv.policies.observation import Rotary
+from defensivekv.policies.policy import ScoredLayer, bytes_per_token
+from defensivekv.types import Kept, Keys, Values
 
 _PAD_RUN = 4
 _MAX_DRAFTS = 512
@@ -21,6 +24,8 @@ _MAX_DRAFTS = 512
 class Pending:
     """A prompt that was read and is not decided yet.
 
+    positions: (1 or b, t) as the model counts them; None: from 0. evidence: of each row, where a repetition of the
+    prompt was heard.
     queries: (b, q, x, d) of its last tokens, all that the window can need. valid: (b, t), False at pads; None: no
     pads.
     """
@@ -31,13 +36,32 @@ class Pending:
     scaling: float
     softcap: float | None
     sinks: Tensor | None
+    positions: Tensor | None = None
+    evidence: tuple[Evidence, ...] | None = None
+    rotary: Rotary | None = None
 
-    def for_drafts(self, window_size: int) -> "Pending":
+    def for_drafts(self, policy: Policy) -> "Pending":
         """The same, to wait for its drafts: without the queries that no window will need, which may be large."""
-        needed = window_size + _MAX_DRAFTS
-        if self.queries.shape[2] <= needed or not (self.valid is None or bool(self.valid[:, -needed:].all())):
+        needed = policy.window_size + _MAX_DRAFTS
+        if policy.scorer.sees == "prompt" or self.queries.shape[2] <= needed:
+            return self
+        if self.valid is not None and not bool(self.valid[:, -needed:].all()):
             return self
         return replace(self, queries=self.queries[:, :, -needed:].clone())
+
+    def without_queries(self) -> "Pending":
+        """The same, to wait for a repetition: its own queries will not be looked at."""
+        return replace(self, queries=self.queries[:, :, -1:].clone())
+
+    def with_evidence(self, evidence: list[Evidence], policy: Policy) -> "Pending":
+        """The same with that of a further repetition; one for each row."""
+        before = self.evidence
+        merged = (
+            evidence
+            if before is None
+            else [seen.merge(heard, policy.aggregation) for seen, heard in zip(before, evidence, strict=True)]
+        )
+        return replace(self, evidence=tuple(merged))
 
     def without_last(self, count: int) -> "Pending":
         """The same without the last `count` tokens, which turned out to be wrong drafts."""
@@ -48,11 +72,14 @@ class Pending:
         valid = None if self.valid is None else self.valid[:, :-count]
         return replace(self, queries=self.queries[:, :, :-count], valid=valid)
 
-    def observation(self, keys: Keys, values: Values, policy: Policy) -> Observation:
-        """What the policy is shown of the layer."""
-        queries = _window_queries(self.queries, self.valid, policy.window_size)
+    def observation(
+        self, keys: Keys, values: Values, policy: Policy, *, repeats: tuple[int, int] | None = None
+    ) -> Observation:
+        """What the policy is shown of the layer. repeats: what part of the prompt these queries repeat."""
+        wanted = policy.window_size if policy.scorer.sees in ("window", "nothing") else self.queries.shape[2]
+        queries = _window_queries(self.queries, self.valid, wanted)
         projection = None
-        if policy.weighting is not None:
+        if policy.weighting is not None and policy.weighting.needs_projection and repeats is None:
             projection = output_projection(self.module, queries.shape[1] * values.shape[-1]).to(values.device)
         return Observation(
             queries=queries.detach(),
@@ -60,9 +87,11 @@ class Pending:
             values=values,
             output_projection=projection,
             scaling=self.scaling,
-            valid=self.valid,
+            valid=self.valid if repeats is None else None,
             softcap=self.softcap,
             sinks=None if self.sinks is None else self.sinks.detach(),
+            rotary=self.rotary,
+            repeats=repeats,
         )
 
 
@@ -81,15 +110,18 @@ class PromptDecision:
         self.shares: tuple[Fraction, ...] = ()
         self.valid: Tensor | None = None
         self.bytes_per_token = 0
-        self._scores: dict[int, LayerScores] = {}
+        self._scored: dict[int, ScoredLayer] = {}
 
     @property
     def is_underway(self) -> bool:
         """Whether scores wait for those of further layers."""
-        return bool(self._scores)
+        return bool(self._scored)
 
-    def add(self, layer: int, observation: Observation) -> dict[int, Kept]:
-        """Scores a layer; gives what stays in the layers that this decides: this one, or at last all, or none."""
+    def add(self, layer: int, observation: Observation, evidence: Sequence[Evidence] | None = None) -> dict[int, Kept]:
+        """Scores a layer; gives what stays in the layers that this decides: this one, or at last all, or none.
+
+        evidence: of each row, where it was gathered before.
+        """
         if layer == self.layers[0]:
             _check_pads(observation)
         size = bytes_per_token(observation) * len(self.layers)
@@ -97,18 +129,20 @@ class PromptDecision:
         self.valid = observation.valid
         self.shares = tuple(self.policy.row_share(tokens, size) for tokens in self.rows)
         try:
-            scores = self.policy.score(observation, num_layers=len(self.layers))
+            scored = self.policy.score(
+                observation, index=self.layers.index(layer), num_layers=len(self.layers), evidence=evidence
+            )
         except InvalidInputError as error:
             raise InvalidInputError(f"layer {layer}: {error}") from None
         if layer == self.layers[-1]:
             self._say_what_is_whole()
         if not self.policy.allocation.spans_layers:
-            return {layer: self.policy.keep([scores], list(self.shares))[0]}
-        self._scores[layer] = scores
-        if len(self._scores) < len(self.layers):
+            return {layer: self.policy.keep([scored], list(self.shares))[0]}
+        self._scored[layer] = scored
+        if len(self._scored) < len(self.layers):
             return {}
-        scored, self._scores = self._scores, {}
-        return dict(zip(scored, self.policy.keep(list(scored.values()), list(self.shares)), strict=True))
+        competing, self._scored = self._scored, {}
+        return dict(zip(competing, self.policy.keep(list(competing.values()), list(self.shares)), strict=True))
 
     def fork(self) -> "PromptDecision":
         """The same decision, to go on by itself."""

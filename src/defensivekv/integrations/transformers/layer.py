@@ -44,14 +44,15 @@ class LayerHandoff:
         scaling: float,
         softcap: float | None,
         sinks: Tensor | None,
+        positions: Tensor | None,
     ) -> None:
         """Gives the layer its prompt to decide on; layers that share keys with this one come second."""
         if self._is_observed:
             return
         self._is_observed = True
-        if self.layer.awaits_prompt:
+        if self.layer.awaits_prompt or self.layer.owner.repeats is not None:
             valid = None if visible is None else visible[:, 0, -1].expand(queries.shape[0], -1)
-            self.layer.observe(Pending(module, queries, valid, scaling, softcap, sinks))
+            self.layer.observe(Pending(module, queries, valid, scaling, softcap, sinks, positions))
 
 
 class EvictedLayer(CacheLayerMixin):
@@ -97,13 +98,30 @@ class EvictedLayer(CacheLayerMixin):
         return tag(keys, handoff), tag(values, handoff)
 
     def observe(self, pending: Pending) -> None:
-        """Takes the prompt's queries; decides now, or in `crop` while past states are recorded."""
+        """Takes the prompt's queries; decides now, or in `crop` while past states are recorded.
+
+        Of a policy that has the prompt repeated, it decides after the repetition, whose queries come here too.
+        """
+        if self.owner.repeats is not None:
+            self._observe_repeat(pending, self.owner.repeats)
+            return
         self.awaits_prompt = False
+        if self.owner.awaits_repeats:
+            self.pending = pending.without_queries()
+            return
         if self.record_past:
-            self.pending = pending.for_drafts(self.owner.policy.window_size)
+            self.pending = pending.for_drafts(self.owner.policy)
             return
         self.pending = pending
         self.owner.decide(self)
+
+    def _observe_repeat(self, heard: Pending, repeats: tuple[int, int]) -> None:
+        pending, tail = self.pending, self.store.tail
+        assert pending is not None
+        assert tail is not None
+        observation = heard.observation(tail.keys, tail.values, self.owner.policy, repeats=repeats)
+        self.pending = pending.with_evidence(self.owner.policy.observe(observation), self.owner.policy)
+        self.store.crop(int(heard.queries.shape[2]))
 
     def get_seq_length(self) -> int:
         """Tokens seen, evicted ones and pads counted."""

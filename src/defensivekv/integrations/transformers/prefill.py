@@ -1,0 +1,107 @@
+"""Reading a prompt into a cache: once, or twice where the policy wants to hear it repeated (KVzip)."""
+
+import copy
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from defensivekv.errors import CacheError, InvalidInputError
+from defensivekv.integrations.transformers.cache import EvictingCache
+from defensivekv.integrations.transformers.layer import EvictedLayer
+from defensivekv.integrations.transformers.model import max_positions
+from defensivekv.integrations.transformers.versions import CACHE_ARGUMENT
+from defensivekv.policies.scoring import Reconstruction
+
+_FIRST = "\n\nRepeat the previous context exactly."
+_NEXT = "\n\nRepeat the part of the previous context exactly, starting with"
+_QUOTED = 8
+"""Tokens before a chunk by which the model is told where to start (the instructions are KVzip's, as kvpress has
+them)."""
+
+
+@torch.no_grad()
+def prefill(
+    model: PreTrainedModel,
+    cache: EvictingCache,
+    input_ids: Int[Tensor, "b t"],
+    *,
+    attention_mask: Int[Tensor, "b t"] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    suffix: str = "",
+) -> None:
+    """Reads a prompt into an empty cache, which keeps what its policy keeps.
+
+    Policies that observe a reconstruction have the prompt read a second time, in chunks that the model is told to
+    repeat, in about twice the time; what it says to that is forgotten again. They need `tokenizer` for the
+    instruction, and rows without pads.
+
+    attention_mask: 0 at pads; None: no pads. suffix: what stands between the user's words and the model's, such as the
+    end of a chat template; the model's turn to repeat begins after it.
+
+    Raises CacheError for a cache that holds something, and InvalidInputError where the prompt cannot be repeated: each
+    before the prompt is read.
+    """
+    if cache.get_seq_length():
+        raise CacheError("the cache holds a prompt already: make a new one, or call reset()")
+    scorer = cache.policy.scorer
+    repeats: list[tuple[int, int, Tensor]] = []
+    # What is kept whole needs no scores; a budget in entries or bytes shows its share once the prompt is known.
+    if isinstance(scorer, Reconstruction) and not cache.policy.budget.is_full:
+        _check_repeatable(input_ids, attention_mask, tokenizer)
+        assert tokenizer is not None
+        repeats = _repeats(input_ids, tokenizer, suffix, scorer.chunk_size)
+        _check_room(model, input_ids.shape[1], max(ids.shape[1] for _, _, ids in repeats))
+    options: dict[str, Any] = {} if attention_mask is None else {"attention_mask": attention_mask}
+    with cache.reconstructing():
+        model(input_ids=input_ids, use_cache=True, logits_to_keep=1, **options, **{CACHE_ARGUMENT: cache})
+        stock = [None if isinstance(layer, EvictedLayer) else copy.deepcopy(layer) for layer in cache.layers]
+        for start, stop, ids in repeats:
+            if not cache.awaits_repeats:
+                break
+            cache.repeats = (start, stop)
+            model(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE_ARGUMENT: cache})
+            # The evicted layers took back what was repeated; the others cannot.
+            cache.layers = [
+                layer if kept is None else copy.deepcopy(kept) for layer, kept in zip(cache.layers, stock, strict=True)
+            ]
+
+
+def _repeats(
+    input_ids: Tensor, tokenizer: PreTrainedTokenizerBase, suffix: str, chunk_size: int
+) -> list[tuple[int, int, Tensor]]:
+    """For each chunk of the prompt, its start and end, and the tokens that make the model repeat it, (b, x)."""
+    b, t = input_ids.shape
+
+    def encode(text: str) -> Tensor:
+        ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=input_ids.dtype)
+        return ids.to(input_ids.device).expand(b, -1)
+
+    repeats = []
+    for start in range(0, t, chunk_size):
+        stop = min(start + chunk_size, t)
+        asked = [encode(_NEXT if start else _FIRST), input_ids[:, max(0, start - _QUOTED) : start], encode(suffix)]
+        repeats.append((start, stop, torch.cat((*asked, input_ids[:, start:stop]), dim=1)))
+    return repeats
+
+
+def _check_repeatable(
+    input_ids: Tensor, attention_mask: Tensor | None, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    if tokenizer is None:
+        raise InvalidInputError("this policy has the prompt repeated: pass the tokenizer, for the instruction")
+    if attention_mask is not None and not bool(attention_mask.all()):
+        raise InvalidInputError("this policy has the prompt repeated, without pads: pass rows of one length")
+    if input_ids.shape[1] == 0:
+        raise InvalidInputError("the prompt has no tokens: pass at least one")
+
+
+def _check_room(model: PreTrainedModel, prompt: int, longest: int) -> None:
+    maximum = max_positions(model)
+    if maximum is not None and prompt + longest > maximum:
+        raise InvalidInputError(
+            f"a prompt of {prompt} tokens and {longest} to repeat a part of it exceed the model's {maximum} positions: "
+            "give a shorter prompt, or scoring=Reconstruction(chunk_size=...) of less"
+        )

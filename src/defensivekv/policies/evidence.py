@@ -1,0 +1,111 @@
+"""What the queries that were seen so far say of a layer's entries."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from defensivekv.errors import InvalidInputError
+from defensivekv.policies.aggregation import Aggregation
+from defensivekv.policies.observation import Observation
+from defensivekv.policies.preference import Preference
+from defensivekv.policies.scoring import Part, Scorer
+from defensivekv.types import HeadScores
+
+_HEAD_CHUNK_ELEMENTS = 2**19
+"""Importances at a time on a CPU, where they should stay in the cache between the passes over them."""
+
+_HEAD_CHUNK_ELEMENTS_GPU = 2**26
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Of one row.
+
+    reduced: (h, n) what the aggregation made of the importances so far. counts: (n,) queries and query heads that saw
+    each entry. sums: (h, n) of the importances; None where nobody asks. measured: (m,) of the layer's preference; None
+    where nobody asks.
+    """
+
+    reduced: HeadScores
+    counts: Int[Tensor, " n"]
+    sums: HeadScores | None
+    measured: Float[Tensor, " m"] | None
+
+    @property
+    def means(self) -> HeadScores | None:
+        """Mean importances, (h, n)."""
+        return None if self.sums is None else self.sums / self.counts.clamp_min(1)
+
+    def merge(self, other: "Evidence", aggregation: Aggregation) -> "Evidence":
+        """Both together."""
+        return Evidence(
+            aggregation.merge(self.reduced, other.reduced),
+            self.counts + other.counts,
+            None if self.sums is None or other.sums is None else self.sums + other.sums,
+            None if self.measured is None or other.measured is None else self.measured + other.measured,
+        )
+
+
+def observe(
+    row: Observation,
+    window_size: int,
+    *,
+    scorer: Scorer,
+    aggregation: Aggregation,
+    preference: Preference | None,
+    with_means: bool,
+) -> Evidence:
+    """The evidence of one row's queries, made some heads at a time, so that few importances are held at once."""
+    n = row.num_prompt_tokens - (min(window_size, row.num_tokens) if scorer.has_window else 0)
+    per_head = row.num_groups * min(window_size, row.queries.shape[2]) * row.num_tokens
+    is_cpu = row.keys.device.type == "cpu"
+    step = max(1, (_HEAD_CHUNK_ELEMENTS if is_cpu else _HEAD_CHUNK_ELEMENTS_GPU) // per_head)
+    gathered = []
+    for start in range(0, row.num_heads, step):
+        heads = row.heads(start, min(start + step, row.num_heads))
+        merged = None
+        for part in scorer(heads, window_size):
+            _check_part(part, heads, n, scorer)
+            one = _of_part(part, n, aggregation, preference, with_means)
+            merged = one if merged is None else merged.merge(one, aggregation)
+        if merged is None:
+            raise InvalidInputError(f"{type(scorer).__name__} gave no importances")
+        gathered.append(merged)
+    measured = [one.measured for one in gathered if one.measured is not None]
+    sums = [one.sums for one in gathered if one.sums is not None]
+    return Evidence(
+        torch.cat([one.reduced for one in gathered]),
+        gathered[0].counts,
+        torch.cat(sums) if sums else None,
+        torch.stack(measured).sum(0) if measured else None,
+    )
+
+
+def _of_part(part: Part, n: int, aggregation: Aggregation, preference: Preference | None, with_means: bool) -> Evidence:
+    importance = part.importance
+    _, g, w, m = importance.shape
+    reduced = aggregation.reduce(importance)
+    sums = importance.sum(dim=(1, 2)) if with_means else None
+    counts = torch.full((m,), g * w, device=importance.device)
+    if m < n:
+        around = (part.start, n - part.start - m)
+        reduced = torch.nn.functional.pad(reduced, around)
+        counts = torch.nn.functional.pad(counts, around)
+        sums = None if sums is None else torch.nn.functional.pad(sums, around)
+    return Evidence(reduced, counts, sums, None if preference is None else preference.measure(importance))
+
+
+def _check_part(part: Part, heads: Observation, n: int, scorer: Scorer) -> None:
+    shape, dtype = tuple(part.importance.shape), part.importance.dtype
+    if (
+        len(shape) != 4
+        or shape[0] != heads.num_heads
+        or not 0 <= part.start <= n - shape[3]
+        or not dtype.is_floating_point
+    ):
+        raise InvalidInputError(
+            f"{type(scorer).__name__} gave {shape} {dtype} from entry {part.start} on: a scorer gives floating (heads, "
+            f"groups, queries, entries) of {heads.num_heads} heads and {n} entries"
+        )
