@@ -74,7 +74,8 @@ class Policy:
         if self.window_size < 1:
             raise InvalidInputError(f"window_size {self.window_size} must be at least 1")
         for part in (self.aggregation, self.weighting, self.allocation):
-            for need in sorted(part.needs - self.scorer.gives) if part is not None else ():
+            missing = frozenset() if part is None else part.needs - self.scorer.gives
+            for need in (need for need in _REASONS if need in missing):
                 reason = _REASONS[need].format(scorer=f"{type(self.scorer).__name__} ({self.scorer.description})")
                 raise InvalidInputError(
                     f"{type(part).__name__} ({part.description}) {reason}: choose another of either"  # type: ignore[union-attr]

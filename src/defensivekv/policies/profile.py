@@ -5,8 +5,14 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from defensivekv.errors import InvalidInputError
 from defensivekv.policies.allocation import ByProfile
+from defensivekv.policies.observation import Observation
+from defensivekv.policies.scoring import PromptAttention
 
 _TSV = "full_attention_heads.tsv"
 
@@ -65,3 +71,24 @@ class HeadProfile:
             int(config["recent_size"]),
             method="DuoAttention's own",
         )
+
+
+def retrieval_shares(row: Observation, num_sinks: int, num_recent: int) -> Float[Tensor, " h"]:
+    """What each head would lose by streaming: the attention that its queries pay, on average, to entries that are
+    neither among the first `num_sinks` nor the `num_recent` before them; the most of the group's query heads.
+
+    row: an observation of one row, with the queries of the whole prompt. A measure of this package's own: DuoAttention
+    trains a gate for each head instead. Raises InvalidInputError where no query has anything to lose.
+    """
+    t, span = row.num_tokens, num_sinks + num_recent
+    if t <= span:
+        raise InvalidInputError(f"a text of {t} tokens shows nothing of heads that hold {span}: give a longer one")
+    lost = torch.zeros(row.num_heads, row.num_groups, device=row.keys.device)
+    first = 0
+    places = torch.arange(t, device=row.keys.device)
+    for part in PromptAttention()(row, 1):
+        queries = torch.arange(first, first + part.importance.shape[2], device=row.keys.device)
+        missed = (places >= num_sinks) & (places <= queries[:, None] - num_recent)
+        lost += (part.importance * missed).sum((2, 3))
+        first += len(queries)
+    return lost.amax(1) / (t - span)

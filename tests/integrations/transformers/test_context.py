@@ -4,30 +4,18 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split, WhitespaceSplit
+from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 import defensivekv as dkv
 from defensivekv.integrations.transformers import is_enabled
 from defensivekv.integrations.transformers.versions import CACHE_ARGUMENT
-from tests.integrations.transformers.models import VOCABULARY, prompt, tiny_model
+from tests.integrations.transformers.models import prompt, tiny_model
+from tests.integrations.transformers.tokenizers import BOS, USER, small_tokenizer
 
-BOS, USER, END, ASSISTANT = 1, 2, 3, 4
 TEMPLATE = "[BOS]{% for m in messages %} [USER] {{ m['content'] | trim }} [END]{% endfor %} [ASSISTANT]"
 DOCUMENT = " ".join(f"w{int(token)}" for token in prompt(300)[0].clamp_min(5))
-
-
-def _tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
-    names = ["[PAD]", "[BOS]", "[USER]", "[END]", "[ASSISTANT]"] + [f"w{token}" for token in range(5, VOCABULARY)]
-    tokenizer = Tokenizer(WordLevel({name: number for number, name in enumerate(names)}, unk_token="[PAD]"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    tokenizer.post_processor = TemplateProcessing(single="[BOS] $A", special_tokens=[("[BOS]", BOS)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", bos_token="[BOS]")
-    fast.chat_template = template
-    return fast
 
 
 @pytest.fixture
@@ -39,8 +27,8 @@ def model() -> PreTrainedModel:
 
 
 def test_the_document_is_compressed_without_a_token_of_the_question(model: PreTrainedModel) -> None:
-    context = dkv.compress(model, _tokenizer(), DOCUMENT, "defensivekv", 0.3)
-    assert context.document_ids.tolist() == [[BOS, *_tokenizer()(DOCUMENT, add_special_tokens=False)["input_ids"]]]
+    context = dkv.compress(model, small_tokenizer(), DOCUMENT, "defensivekv", 0.3)
+    assert context.document_ids.tolist() == [[BOS, *small_tokenizer()(DOCUMENT, add_special_tokens=False)["input_ids"]]]
     assert context.num_tokens == 301
     assert context.report().prompt_tokens == (301,)
     assert context.report().achieved == pytest.approx(0.3, abs=0.005)
@@ -53,7 +41,7 @@ def test_the_document_is_compressed_without_a_token_of_the_question(model: PreTr
 
 
 def test_an_answer_is_what_generate_says_after_document_and_question(model: PreTrainedModel) -> None:
-    tokenizer = _tokenizer()
+    tokenizer = small_tokenizer()
     context = dkv.compress(model, tokenizer, DOCUMENT, "layer-defensivekv", 0.3)
     cache = dkv.EvictingCache(model, "layer-defensivekv", 0.3)
     with torch.no_grad():
@@ -66,7 +54,7 @@ def test_an_answer_is_what_generate_says_after_document_and_question(model: PreT
 
 
 def test_the_full_budget_answers_as_the_stock_model(model: PreTrainedModel) -> None:
-    tokenizer = _tokenizer()
+    tokenizer = small_tokenizer()
     ids = tokenizer(f"{DOCUMENT} w7 w8 w9", return_tensors="pt")["input_ids"]
     output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
     expected = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
@@ -74,15 +62,15 @@ def test_the_full_budget_answers_as_the_stock_model(model: PreTrainedModel) -> N
 
 
 def test_questions_do_not_see_each_other(model: PreTrainedModel) -> None:
-    context = dkv.compress(model, _tokenizer(), DOCUMENT, "layer-defensivekv", 0.3)
+    context = dkv.compress(model, small_tokenizer(), DOCUMENT, "layer-defensivekv", 0.3)
     first = context.ask("w7 w8 w9")
     assert context.ask("w50 w60") != first
     assert context.ask("w7 w8 w9") == first
-    assert dkv.compress(model, _tokenizer(), DOCUMENT, "layer-defensivekv", 0.3).ask("w7 w8 w9") == first
+    assert dkv.compress(model, small_tokenizer(), DOCUMENT, "layer-defensivekv", 0.3).ask("w7 w8 w9") == first
 
 
 def test_options_of_generate_are_passed_on(model: PreTrainedModel) -> None:
-    context = dkv.compress(model, _tokenizer(), DOCUMENT, "snapkv", 0.3)
+    context = dkv.compress(model, small_tokenizer(), DOCUMENT, "snapkv", 0.3)
     torch.manual_seed(0)
     sampled = context.ask("w7", do_sample=True, temperature=2.0)
     torch.manual_seed(0)
@@ -95,10 +83,10 @@ def test_options_of_generate_are_passed_on(model: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
 def test_beams_read_the_document_as_the_stock_models_do(model: PreTrainedModel, options: dict[str, int]) -> None:
-    context = dkv.compress(model, _tokenizer(), DOCUMENT, "snapkv", 1.0)
+    context = dkv.compress(model, small_tokenizer(), DOCUMENT, "snapkv", 1.0)
     answer = context.ask("w7", max_new_tokens=6, **options)
     ids = torch.cat(
-        (context.document_ids, torch.tensor([_tokenizer()("w7", add_special_tokens=False)["input_ids"]])), 1
+        (context.document_ids, torch.tensor([small_tokenizer()("w7", add_special_tokens=False)["input_ids"]])), 1
     )
     dkv.disable(model)
     stock = model.generate(
@@ -109,20 +97,22 @@ def test_beams_read_the_document_as_the_stock_models_do(model: PreTrainedModel, 
         cache_implementation=None,
         **options,
     )
-    assert answer == _tokenizer().decode(stock[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    assert answer == small_tokenizer().decode(stock[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
 def test_a_kind_of_cache_that_the_models_own_settings_name_is_no_obstacle(model: PreTrainedModel) -> None:
     model.generation_config.cache_implementation = "static"
-    assert dkv.compress(model, _tokenizer(), DOCUMENT, "snapkv", 0.3).answer("w7", max_new_tokens=4).new_tokens == 4
+    assert (
+        dkv.compress(model, small_tokenizer(), DOCUMENT, "snapkv", 0.3).answer("w7", max_new_tokens=4).new_tokens == 4
+    )
 
 
 # ---------------------------------------------------------------------- templates
 
 
 def test_the_chat_template_is_used_where_there_is_one(model: PreTrainedModel) -> None:
-    context = dkv.compress(model, _tokenizer(TEMPLATE), DOCUMENT, "snapkv", 0.3)
-    words = _tokenizer()(DOCUMENT, add_special_tokens=False)["input_ids"]
+    context = dkv.compress(model, small_tokenizer(TEMPLATE), DOCUMENT, "snapkv", 0.3)
+    words = small_tokenizer()(DOCUMENT, add_special_tokens=False)["input_ids"]
     assert context.document_ids.tolist() == [[BOS, USER, *words]], "one beginning, and nothing of the question's end"
     assert context.answer("w7 w8", max_new_tokens=3).question_tokens == 4, (
         "the end of the turn comes after the question"
@@ -130,10 +120,10 @@ def test_the_chat_template_is_used_where_there_is_one(model: PreTrainedModel) ->
 
 
 def test_plain_takes_document_and_question_as_they_are(model: PreTrainedModel) -> None:
-    context = dkv.compress(model, _tokenizer(TEMPLATE), DOCUMENT, "snapkv", 0.3, template="plain")
+    context = dkv.compress(model, small_tokenizer(TEMPLATE), DOCUMENT, "snapkv", 0.3, template="plain")
     assert context.document_ids[0, :2].tolist() == [
         BOS,
-        _tokenizer()(DOCUMENT, add_special_tokens=False)["input_ids"][0],
+        small_tokenizer()(DOCUMENT, add_special_tokens=False)["input_ids"][0],
     ]
     assert context.answer("w7 w8", max_new_tokens=3).question_tokens == 2
 
@@ -151,7 +141,7 @@ def test_a_template_that_cannot_be_used_is_refused(
     model: PreTrainedModel, chat_template: str | None, template: Any, says: str
 ) -> None:
     with pytest.raises(dkv.InvalidInputError, match=says):
-        dkv.compress(model, _tokenizer(chat_template), DOCUMENT, "snapkv", 0.3, template=template)
+        dkv.compress(model, small_tokenizer(chat_template), DOCUMENT, "snapkv", 0.3, template=template)
 
 
 # ---------------------------------------------------------------------- bad input
@@ -174,17 +164,17 @@ def test_what_cannot_be_compressed_is_refused(
 ) -> None:
     given: dict[str, Any] = {"policy": "snapkv", "budget": 0.3} | options
     with pytest.raises(error, match=says):
-        dkv.compress(model, _tokenizer(), document, **given)
+        dkv.compress(model, small_tokenizer(), document, **given)
 
 
 def test_a_refused_document_leaves_the_model_as_it_was(model: PreTrainedModel) -> None:
     with pytest.raises(dkv.InvalidInputError):
-        dkv.compress(model, _tokenizer(), "w7 " * 2000, "snapkv", 0.3)
+        dkv.compress(model, small_tokenizer(), "w7 " * 2000, "snapkv", 0.3)
     assert not is_enabled(model)
 
 
 def test_a_text_that_the_tokenizer_makes_nothing_of_is_refused(model: PreTrainedModel) -> None:
-    tokenizer = _tokenizer()
+    tokenizer = small_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
     tokenizer.backend_tokenizer.pre_tokenizer = Split("~", behavior="removed")
     with pytest.raises(dkv.InvalidInputError, match="the document has no tokens"):
@@ -192,7 +182,7 @@ def test_a_text_that_the_tokenizer_makes_nothing_of_is_refused(model: PreTrained
 
 
 def test_an_empty_question_and_one_that_is_too_long_are_refused(model: PreTrainedModel) -> None:
-    context = dkv.compress(model, _tokenizer(), DOCUMENT, "snapkv", 0.3)
+    context = dkv.compress(model, small_tokenizer(), DOCUMENT, "snapkv", 0.3)
     for empty in ("", "  \n"):
         with pytest.raises(dkv.InvalidInputError, match="the question is empty"):
             context.ask(empty)
@@ -204,12 +194,12 @@ def test_an_empty_question_and_one_that_is_too_long_are_refused(model: PreTraine
 def test_stretched_positions_can_be_used(model: PreTrainedModel) -> None:
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
     stretched = tiny_model("llama", rope_parameters=rope)
-    context = dkv.compress(stretched, _tokenizer(), "w7 w9 " * 600, "snapkv", 0.3)
+    context = dkv.compress(stretched, small_tokenizer(), "w7 w9 " * 600, "snapkv", 0.3)
     assert context.num_tokens == 1201
 
 
 def test_a_context_whose_model_was_disabled_says_so(model: PreTrainedModel) -> None:
-    context = dkv.compress(model, _tokenizer(), DOCUMENT, "snapkv", 0.3)
+    context = dkv.compress(model, small_tokenizer(), DOCUMENT, "snapkv", 0.3)
     first = context.ask("w7")
     dkv.disable(model)
     with pytest.raises(dkv.CacheError, match=r"call defensivekv.enable\(model\)"):

@@ -1,0 +1,166 @@
+"""Prompts that are read twice: what is scored, what is left behind, and what is refused."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import defensivekv as dkv
+from defensivekv.policies.scoring import Reconstruction
+from tests.integrations.transformers.models import feed, generate, prompt, tiny_model
+from tests.integrations.transformers.oracle import MaskedModel
+from tests.integrations.transformers.tokenizers import small_tokenizer
+
+T = 60
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerBase:
+    return small_tokenizer()
+
+
+def _kvzip(model: PreTrainedModel, budget: float, chunk_size: int, **options: object) -> dkv.EvictingCache:
+    policy = dkv.policy("kvzip", budget, scoring=Reconstruction(chunk_size), **options)  # type: ignore[arg-type]
+    return dkv.EvictingCache(model, policy)
+
+
+def _repetition(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> Tensor:
+    asked = tokenizer("\n\nRepeat the previous context exactly.", add_special_tokens=False)["input_ids"]
+    return torch.cat((torch.tensor([asked]).expand(len(ids), -1), ids), 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_what_stays_is_what_the_stock_models_weights_say(architecture: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    # One chunk, whose softmax is that of the whole text.
+    ids = prompt(T, rows=2)
+    eager = tiny_model(architecture)
+    eager.set_attn_implementation("eager")
+    text = torch.cat((ids, _repetition(tokenizer, ids)), 1)
+    weights = eager(text, output_attentions=True).attentions
+    model = tiny_model(architecture)
+    dkv.enable(model)
+    cache = _kvzip(model, 0.3, T)
+    dkv.prefill(model, cache, ids, tokenizer=tokenizer)
+    for row in range(2):
+        heads = [weights[layer][row, :, T:, :T].unflatten(0, (2, -1)) for layer in cache.evicted_layers]
+        scores = torch.stack([of_layer.amax((1, 2)) for of_layer in heads])
+        scores[..., :4] = 2.0
+        count = int(0.3 * scores.numel())
+        expected = torch.zeros(scores.numel(), dtype=torch.bool)
+        expected[scores.flatten().topk(count).indices] = True
+        kept = torch.zeros_like(scores, dtype=torch.bool)
+        for layer in range(len(kept)):
+            for head in range(2):
+                kept[layer, head, cache.kept_positions(layer, row, head)] = True
+        assert int(kept.sum()) == count
+        threshold = scores.flatten().topk(count).values[-1]
+        clear = (scores - threshold).abs() > 1e-5
+        assert torch.equal(kept[clear], expected.view_as(kept)[clear])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "qwen3_next"])
+@pytest.mark.parametrize("chunk_size", [7, 25, 100])
+def test_nothing_is_left_of_the_repetition(
+    architecture: str, chunk_size: int, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """What follows reads the kept entries of one reading, and the sliding and linear layers of one reading."""
+    model, ids, question = tiny_model(architecture), prompt(T), prompt(5, seed=1)
+    dkv.enable(model)
+    cache = _kvzip(model, 0.5, chunk_size)
+    dkv.prefill(model, cache, ids, tokenizer=tokenizer)
+    assert cache.get_seq_length() == T
+    assert cache.report().prompt_tokens == (T,)
+    assert int(cache.lengths.sum()) == cache.lengths.numel() * T // 2
+    oracle = MaskedModel(tiny_model(architecture), cache, T)
+    oracle(ids)
+    torch.testing.assert_close(feed(model, cache, question), oracle(question), rtol=1e-4, atol=2e-5)
+
+
+@torch.no_grad()
+def test_a_read_prompt_goes_on_with_generate_and_forks(tokenizer: PreTrainedTokenizerBase) -> None:
+    model, ids = tiny_model("llama"), prompt(T)
+    dkv.enable(model)
+    cache = _kvzip(model, 0.5, 32)
+    dkv.prefill(model, cache, ids, tokenizer=tokenizer)
+    whole = torch.cat((ids, prompt(3, seed=2)), 1)
+    first = generate(model, whole, cache.fork())
+    assert torch.equal(first, generate(model, whole, cache.fork()))
+
+
+@torch.no_grad()
+def test_chunks_of_one_size_decide_as_the_pieces_of_the_prompt_do(tokenizer: PreTrainedTokenizerBase) -> None:
+    model, ids = tiny_model("llama"), prompt(T)
+    dkv.enable(model)
+    whole, pieces = _kvzip(model, 0.5, T), _kvzip(model, 0.5, 20)
+    for cache in (whole, pieces):
+        dkv.prefill(model, cache, ids, tokenizer=tokenizer)
+    assert int(whole.lengths.sum()) == int(pieces.lengths.sum()) == 3 * 2 * T // 2
+    assert not torch.equal(whole.lengths, pieces.lengths)
+
+
+@torch.no_grad()
+def test_other_policies_and_whole_budgets_are_read_once(tokenizer: PreTrainedTokenizerBase) -> None:
+    model, ids = tiny_model("llama"), prompt(T)
+    dkv.enable(model)
+    calls: list[int] = []
+
+    def count(_module: object, _args: object, kwargs: dict[str, Tensor]) -> None:
+        calls.append(kwargs["input_ids"].shape[1])
+
+    model.register_forward_pre_hook(count, with_kwargs=True)
+    dkv.prefill(model, dkv.EvictingCache(model, "snapkv", 0.6), ids)
+    dkv.prefill(model, dkv.EvictingCache(model, "kvzip", 1.0), ids)
+    assert calls == [T, T]
+    dkv.prefill(model, _kvzip(model, 0.5, 40), ids, tokenizer=tokenizer)
+    assert len(calls) == 5
+    assert calls[3] > 40
+
+
+def test_one_reading_of_a_policy_that_wants_two_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    model, ids = tiny_model("llama"), prompt(T)
+    dkv.enable(model)
+    cache = _kvzip(model, 0.5, 32)
+    with pytest.raises(dkv.InvalidInputError, match=r"read twice.*prefill.*or use defensivekv\.compress"):
+        generate(model, ids, cache)
+    dkv.prefill(model, cache, ids, tokenizer=tokenizer)
+    assert int(cache.lengths.sum()) == 3 * 2 * T // 2
+
+
+def test_what_cannot_be_repeated_is_refused_before_it_is_read(tokenizer: PreTrainedTokenizerBase) -> None:
+    model, ids = tiny_model("llama"), prompt(T, rows=2)
+    dkv.enable(model)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    cache = _kvzip(model, 0.5, 32)
+    with pytest.raises(dkv.InvalidInputError, match="pass the tokenizer"):
+        dkv.prefill(model, cache, ids)
+    with pytest.raises(dkv.InvalidInputError, match="rows of one length"):
+        dkv.prefill(model, cache, ids, attention_mask=mask, tokenizer=tokenizer)
+    with pytest.raises(dkv.InvalidInputError, match="exceed the model's 1024 positions"):
+        dkv.prefill(model, _kvzip(model, 0.5, 600), prompt(600), tokenizer=tokenizer)
+    assert cache.get_seq_length() == 0
+    dkv.prefill(model, cache, ids, tokenizer=tokenizer)
+    with pytest.raises(dkv.CacheError, match="holds a prompt already"):
+        dkv.prefill(model, cache, ids, tokenizer=tokenizer)
+
+
+def test_a_reading_that_breaks_off_leaves_a_cache_that_says_so(tokenizer: PreTrainedTokenizerBase) -> None:
+    model, ids = tiny_model("llama"), prompt(T)
+    dkv.enable(model)
+    cache = _kvzip(model, 0.5, 32)
+
+    def fail(module: object, args: object) -> None:
+        if cache.repeats is not None:
+            raise RuntimeError("power cut")
+
+    hook = model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="power cut"):
+        dkv.prefill(model, cache, ids, tokenizer=tokenizer)
+    hook.remove()
+    with pytest.raises(dkv.CacheError):
+        feed(model, cache, prompt(3))
+    cache.reset()
+    dkv.prefill(model, cache, ids, tokenizer=tokenizer)
+    assert int(cache.lengths.sum()) == 3 * 2 * T // 2
