@@ -14,7 +14,10 @@ demo: $(VENV)/.installed ## answer questions from evicted caches with the packag
 	$(VENV)/bin/defensivekv demo
 
 test: $(VENV)/.installed-dev check ## lint, types and tests (under fifteen minutes on two cores)
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGUMENTS)
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGUMENTS) -m "not slow"
+
+test-slow: $(VENV)/.installed-dev ## the tests that take longer: a local Ray cluster, the harness's command line
+	$(VENV)/bin/python -m pytest -m slow
 
 check: $(VENV)/.installed-dev ## lint, format, types, import direction
 	$(VENV)/bin/ruff check .

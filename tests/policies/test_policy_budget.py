@@ -50,9 +50,8 @@ def test_a_budget_in_bytes_is_never_exceeded_and_all_but_used(
     ]
     per_token = sum(bytes_per_token(layer) for layer in observations)
     size = per_token * shape.t * permille // 1000
-    policy = policy_of(name, f"{size}B", shape.w)
-    assume(size >= per_token * policy.num_staying)
-    kept = policy.select(observations)
+    assume(size >= per_token * policy_of(name, 1.0, shape.w).num_staying)
+    kept = policy_of(name, f"{size}B", shape.w).select(observations)
     held = sum(
         RaggedPrefix.gather(layer.keys, layer.values, mask).nbytes
         for layer, mask in zip(observations, kept, strict=True)

@@ -8,7 +8,10 @@ from rich.markup import escape
 
 from defensivekv.cli.ask import ask
 from defensivekv.cli.demo import demo
+from defensivekv.cli.evaluate import evaluate
+from defensivekv.cli.lm_eval import lm_eval
 from defensivekv.cli.policies import list_policies
+from defensivekv.cli.profile import profile
 from defensivekv.errors import DefensiveKVError
 
 app = typer.Typer(
@@ -19,7 +22,10 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(ask)
+app.command()(evaluate)
+app.command()(lm_eval)
 app.command("policies")(list_policies)
+app.command()(profile)
 
 
 def main() -> None:

@@ -1,34 +1,32 @@
 """`defensivekv demo`."""
 
 import json
-import platform
 import textwrap
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from defensivekv.budget import format_bytes
-from defensivekv.policies import Policy
+from defensivekv.errors import InvalidInputError
 from defensivekv.policies import policy as make_policy
-from defensivekv.policies.aggregation import Mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from defensivekv.evaluation import Cell
+    from defensivekv.evaluation.report import Aggregate, Results
+    from defensivekv.evaluation.runner import RunPlan
 
 POLICIES = ("random", "streaming-llm", "snapkv", "adakv", "criticalkv", "defensivekv", "layer-defensivekv")
 AVERAGED = "layer-averaged"
 """Layer-DefensiveKV with the mean in place of the worst case, and nothing else changed."""
 
-BUDGETS = (0.1, 0.2, 0.4, 0.6)
+BUDGETS = ("0.1", "0.2", "0.4", "0.6")
 SHOWN_BUDGET = 0.2
 
 
@@ -42,13 +40,16 @@ def demo(
     console = Console()
     from defensivekv.cli.models import load_model
 
+    if output.exists() and not output.is_dir():
+        raise InvalidInputError(f"cannot write to {output}: it is a file")
     model, tokenizer = load_model(None, dtype="float32", device="auto", trust_remote_code=False, console=console)
     _show_one_document(model, tokenizer, tokens, seed, console)
-    cells = _run_grid(model, tokenizer, documents, tokens, seed, console)
-    _print_table(cells, documents, tokens, console)
-    _print_order(cells, console)
+    plan = _plan(documents, tokens, seed)
+    results = _run_grid(plan, model, tokenizer, console)
+    _print_table(results, documents, tokens, console)
+    _print_order(results, console)
     output.mkdir(parents=True, exist_ok=True)
-    _write(cells, output, documents=documents, tokens=tokens, seed=seed)
+    _write(results, plan, output)
     console.print(f"picture {output / 'score_vs_budget.png'}\nfigures {output / 'demo.json'}", highlight=False)
 
 
@@ -65,8 +66,9 @@ def _show_one_document(
         f"{excerpt}\n[dim]({tokens} tokens; the questions come after it has been compressed)[/]\n", highlight=False
     )
     full = compress(model, tokenizer, sample.document, "full")
-    worst = compress(model, tokenizer, sample.document, policy_named("layer-defensivekv", SHOWN_BUDGET))
-    mean = compress(model, tokenizer, sample.document, policy_named(AVERAGED, SHOWN_BUDGET))
+    worst = compress(model, tokenizer, sample.document, "layer-defensivekv", SHOWN_BUDGET)
+    averaged = make_policy("layer-defensivekv", SHOWN_BUDGET, aggregation="mean")
+    mean = compress(model, tokenizer, sample.document, averaged)
     names = ("all of the cache", f"{SHOWN_BUDGET:.0%}, worst case", f"{SHOWN_BUDGET:.0%}, averaged")
     for question in sample.questions:
         console.print(f"[bold]{escape(question.text)}[/]", highlight=False)
@@ -79,58 +81,72 @@ def _show_one_document(
     console.print()
 
 
+def _plan(documents: int, tokens: int, seed: int) -> "RunPlan":
+    from defensivekv.evaluation.runner import make_plan
+
+    averaged = {"name": "layer-defensivekv", "aggregation": "mean", "label": AVERAGED}
+    return make_plan(
+        {
+            "tasks": ["needleworld"],
+            "policies": ["full", *POLICIES, averaged],
+            "budgets": BUDGETS,
+            "num_samples": documents,
+            "lengths": [tokens],
+            "seed": seed,
+            "dtype": "float32",
+        }
+    )
+
+
 def _run_grid(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    documents: int,
-    tokens: int,
-    seed: int,
-    console: Console,
-) -> list["Cell"]:
-    from defensivekv.evaluation import evaluate_cell, make_suite
+    plan: "RunPlan", model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", console: Console
+) -> "Results":
+    import tempfile
 
-    suite = make_suite(documents, num_tokens=tokens, seed=seed)
-    grid = [make_policy("full"), *(policy_named(name, budget) for name in (*POLICIES, AVERAGED) for budget in BUDGETS)]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    cells = []
+    from defensivekv.cli.evaluate import run_with_progress
+    from defensivekv.evaluation.report import Results
+    from defensivekv.evaluation.runner import read_records, read_timings
+
     console.rule("methods and budgets")
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(grid) * len(suite))
-        for policy in grid:
-            progress.update(task, description=f"{policy.name} at {float(policy.budget.amount):.0%}")
-            cells.append(
-                evaluate_cell(model, tokenizer, suite, policy, advance=lambda done: progress.advance(task, done))
-            )
-    return cells
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        run_with_progress(plan, folder, lambda _: (model, tokenizer), console)
+        return Results.from_records(read_records(folder), read_timings(folder))
 
 
-def policy_named(name: str, budget: float) -> Policy:
-    """The policy of that name, or the averaged twin of Layer-DefensiveKV."""
-    if name != AVERAGED:
-        return make_policy(name, budget)
-    return replace(make_policy("layer-defensivekv", budget), name=AVERAGED, aggregation=Mean())
+def _rows(results: "Results") -> list[tuple[str, str, "Aggregate"]]:
+    """Policy, budget, and what was measured; the full cache first."""
+    (setting,) = results.settings
+    (group,) = results.groups(setting)
+    named = [("full", "1.0"), *((name, budget) for name in (*POLICIES, AVERAGED) for budget in BUDGETS)]
+    return [(name, budget, results.aggregate(setting, name, budget, group)) for name, budget in named]
 
 
-def _print_table(cells: list["Cell"], documents: int, tokens: int, console: Console) -> None:
+def _print_table(results: "Results", documents: int, tokens: int, console: Console) -> None:
     from defensivekv.needleworld import TASKS
 
-    full = cells[0]
+    rows = _rows(results)
+    full = rows[0][2]
     table = Table(box=box.SIMPLE_HEAD, padding=0)
     table.add_column("policy", no_wrap=True)
     for title in ("budget", "found", "interval", "KV held", "of full", "a token", "of full"):
         table.add_column(title, justify="right", no_wrap=True)
-    for cell in cells:
-        score = cell.accuracy
+    for name, budget, cell in rows:
+        assert cell.score is not None
+        assert cell.cache_bytes is not None
+        assert cell.token_seconds is not None
+        assert full.cache_bytes is not None
+        assert full.token_seconds is not None
         table.add_row(
-            cell.policy,
-            f"{cell.budget:.0%}",
-            f"{score.mean:.1%}",
-            f"{100 * score.low:.0f} - {100 * score.high:.0f}",
+            name,
+            f"{float(budget):.0%}",
+            f"{cell.score.mean:.1%}",
+            f"{100 * cell.score.low:.0f} - {100 * cell.score.high:.0f}",
             format_bytes(round(cell.cache_bytes)),
             f"{cell.cache_bytes / full.cache_bytes:.1%}",
             f"{1e3 * cell.token_seconds:.2f} ms",
             f"x{cell.token_seconds / full.token_seconds:.2f}",
-            end_section=cell.budget in (1.0, BUDGETS[-1]),
+            end_section=budget in ("1.0", BUDGETS[-1]),
         )
     console.print(table)
     _print_text(
@@ -143,18 +159,19 @@ def _print_table(cells: list["Cell"], documents: int, tokens: int, console: Cons
     console.print()
 
 
-def _print_order(cells: list["Cell"], console: Console) -> None:
+def _print_order(results: "Results", console: Console) -> None:
     from defensivekv.evaluation import order_disagreements
 
+    (setting,) = results.settings
+    (group,) = results.groups(setting)
     found = False
     for budget in BUDGETS:
-        at_budget = {cell.policy: cell for cell in cells if cell.budget == budget}
-        for worse, better, by in order_disagreements(at_budget):
+        for worse, better, by in order_disagreements(results, setting, group, budget):
             found = True
             clear = "clearly" if by.low > 0 else "within the noise"
             _print_text(
                 console,
-                f"order   at {budget:.0%}, {worse} is above {better} by {100 * by.mean:.1f} points "
+                f"order   at {float(budget):.0%}, {worse} is above {better} by {100 * by.mean:.1f} points "
                 f"({100 * by.low:.1f} to {100 * by.high:.1f}: {clear}); in the paper it is below",
                 indent=" " * 8,
             )
@@ -167,24 +184,17 @@ def _print_text(console: Console, text: str, indent: str = "") -> None:
     console.print(textwrap.fill(text, min(console.width, 110), subsequent_indent=indent), highlight=False)
 
 
-def _write(cells: list["Cell"], output: Path, *, documents: int, tokens: int, seed: int) -> None:
-    import torch
-    import transformers
+def _write(results: "Results", plan: "RunPlan", output: Path) -> None:
+    from defensivekv.evaluation.report.figures import draw_curves
 
-    from defensivekv import __version__
-    from defensivekv.evaluation.figure import draw_scores
-
-    title = f"Needle questions after {tokens} tokens, asked after compression"
-    draw_scores(cells, output / "score_vs_budget.png", title=title)
-    settings = {
-        "documents_per_task": documents,
-        "tokens": tokens,
-        "seed": seed,
-        "defensivekv": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-    }
-    record = {"settings": settings, "cells": [{**asdict(cell), "accuracy": asdict(cell.accuracy)} for cell in cells]}
-    (output / "demo.json").write_text(json.dumps(record, indent=1))
+    (setting,) = results.settings
+    draw_curves(results, setting, output / "score_vs_budget.png")
+    example = next(iter(results.cells.values())).example
+    about: dict[str, Any] = {"plan": plan.model_dump(mode="json", exclude_defaults=True)}
+    if example is not None:
+        about |= {"versions": example.versions, "device": example.device}
+    cells = []
+    for name, budget, cell in _rows(results):
+        fields = asdict(cell)
+        cells.append({"policy": name, "budget": float(budget), **fields, "batch_sizes": sorted(cell.batch_sizes)})
+    (output / "demo.json").write_text(json.dumps({**about, "cells": cells}, indent=1) + "\n", encoding="utf-8")

@@ -1,11 +1,13 @@
 """The order of methods that was measured, held against the paper's."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
 
-from defensivekv.evaluation.needles import Cell
+from defensivekv.evaluation.report.cell import Setting
+from defensivekv.evaluation.report.order import Group
+from defensivekv.evaluation.report.results import Results
 from defensivekv.evaluation.statistics import Interval, mean_interval
 
 PAPER_ORDER = ("streaming-llm", "snapkv", "adakv", "criticalkv", "defensivekv", "layer-defensivekv")
@@ -13,17 +15,21 @@ PAPER_ORDER = ("streaming-llm", "snapkv", "adakv", "criticalkv", "defensivekv", 
 
 
 def order_disagreements(
-    cells: Mapping[str, Cell], order: Sequence[str] = PAPER_ORDER
+    results: Results, setting: Setting, group: Group, budget: str, order: Sequence[str] = PAPER_ORDER
 ) -> list[tuple[str, str, Interval]]:
     """Pairs in `order` that came out the other way around: (expected worse, expected better, by).
 
-    cells: by policy, all over the same documents. `by`: the mean difference "worse less better" with its paired
-    95 % interval.
+    `by`: the mean difference "worse less better" over the samples that both answered, with its paired 95 % interval.
+    Pairs without such samples are left out.
     """
-    present = [name for name in order if name in cells]
     pairs = []
-    for worse, better in combinations(present, 2):
-        difference = np.subtract(cells[worse].document_scores, cells[better].document_scores)
-        if difference.mean() > 0:
-            pairs.append((worse, better, mean_interval(difference.tolist())))
+    for worse, better in combinations(order, 2):
+        differences: list[float] = []
+        for task in results.tasks(setting, group):
+            lower, upper = (results.cell(setting, name, budget, task) for name in (worse, better))
+            paired = None if lower is None or upper is None else lower.paired_with(upper)
+            if paired is not None:
+                differences.extend((paired[0] - paired[1]).tolist())
+        if differences and np.mean(differences) > 0:
+            pairs.append((worse, better, mean_interval(differences)))
     return pairs

@@ -74,15 +74,20 @@ class Policy:
         if self.window_size < 1:
             raise InvalidInputError(f"window_size {self.window_size} must be at least 1")
         for part in (self.aggregation, self.weighting, self.allocation):
-            missing = frozenset() if part is None else part.needs - self.scorer.gives
-            for need in (need for need in _REASONS if need in missing):
-                reason = _REASONS[need].format(scorer=f"{type(self.scorer).__name__} ({self.scorer.description})")
-                raise InvalidInputError(
-                    f"{type(part).__name__} ({part.description}) {reason}: choose another of either"  # type: ignore[union-attr]
-                )
+            if part is not None:
+                self._check_together(part)
         if self.budget.kind == "entries" and self.budget.amount < self.num_staying:
             raise BudgetError(
                 f"budget {self.budget} is below {self._staying}: give at least {self.num_staying}{self._smaller_window}"
+            )
+
+    def _check_together(self, part: Aggregation | Weighting | Allocation) -> None:
+        missing = part.needs - self.scorer.gives
+        reason = next((_REASONS[need] for need in _REASONS if need in missing), None)
+        if reason is not None:
+            scorer = f"{type(self.scorer).__name__} ({self.scorer.description})"
+            raise InvalidInputError(
+                f"{type(part).__name__} ({part.description}) {reason.format(scorer=scorer)}: choose another of either"
             )
 
     @property

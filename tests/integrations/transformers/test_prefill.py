@@ -164,3 +164,23 @@ def test_a_reading_that_breaks_off_leaves_a_cache_that_says_so(tokenizer: PreTra
     cache.reset()
     dkv.prefill(model, cache, ids, tokenizer=tokenizer)
     assert int(cache.lengths.sum()) == 3 * 2 * T // 2
+
+
+@torch.no_grad()
+def test_a_padded_batch_is_read_as_its_rows_and_goes_on_as_they_do(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = tiny_model("llama")
+    dkv.enable(model)
+    rows = [prompt(T), prompt(T - 17, seed=1)]
+    ids = torch.cat((rows[0], torch.nn.functional.pad(rows[1], (17, 0))))
+    mask = torch.ones_like(ids)
+    mask[1, :17] = 0
+    together = dkv.EvictingCache(model, "snapkv", 0.5, window_size=8)
+    dkv.prefill(model, together, ids, attention_mask=mask)
+    question = prompt(3, rows=2, seed=2)
+    whole = torch.cat((ids, question), 1)
+    sequences = generate(model, whole, together, attention_mask=torch.cat((mask, torch.ones_like(question)), 1))
+    for number, row in enumerate(rows):
+        alone = dkv.EvictingCache(model, "snapkv", 0.5, window_size=8)
+        dkv.prefill(model, alone, row)
+        expected = generate(model, torch.cat((row, question[number : number + 1]), 1), alone)
+        assert torch.equal(sequences[number, -4:], expected[0, -4:])

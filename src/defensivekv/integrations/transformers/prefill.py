@@ -1,7 +1,7 @@
 """Reading a prompt into a cache: once, or twice where the policy wants to hear it repeated (KVzip)."""
 
 import copy
-from typing import Any
+import inspect
 
 import torch
 from jaxtyping import Int
@@ -54,7 +54,7 @@ def prefill(
         assert tokenizer is not None
         repeats = _repeats(input_ids, tokenizer, suffix, scorer.chunk_size)
         _check_room(model, input_ids.shape[1], max(ids.shape[1] for _, _, ids in repeats))
-    options: dict[str, Any] = {} if attention_mask is None else {"attention_mask": attention_mask}
+    options = _masking(model, attention_mask)
     with cache.reconstructing():
         model(input_ids=input_ids, use_cache=True, logits_to_keep=1, **options, **{CACHE_ARGUMENT: cache})
         stock = [None if isinstance(layer, EvictedLayer) else copy.deepcopy(layer) for layer in cache.layers]
@@ -67,6 +67,16 @@ def prefill(
             cache.layers = [
                 layer if kept is None else copy.deepcopy(kept) for layer, kept in zip(cache.layers, stock, strict=True)
             ]
+
+
+def _masking(model: PreTrainedModel, attention_mask: Tensor | None) -> dict[str, Tensor]:
+    """The mask, and positions that leave its pads out, from which `generate()` goes on."""
+    if attention_mask is None or bool(attention_mask.all()):
+        return {}
+    options = {"attention_mask": attention_mask}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        options["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp_min(0)
+    return options
 
 
 def _repeats(
