@@ -25,7 +25,7 @@ def test_the_demo_answers_ranks_the_methods_and_writes_what_it_measured(tmp_path
     assert len(cells) == 1 + len((*POLICIES, AVERAGED)) * len(BUDGETS)
     full = cells["full", 1.0]
     assert full["n"] == len(TASKS)
-    assert full["score"]["mean"] > 0.9
+    assert full["score"]["mean"] >= 0.85
     for (policy, budget), cell in cells.items():
         assert (cell["n"], cell["failures"]) == (len(TASKS), 0)
         if policy != "full":

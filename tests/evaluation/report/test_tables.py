@@ -3,10 +3,20 @@ import io
 
 from rich.console import Console
 
-from defensivekv.evaluation.report import Group, Results, Setting
+from defensivekv.evaluation.report import CellKey, Group, Results, Setting
 from defensivekv.evaluation.report.rendering import html_table, markdown_table, rich_tables, scores_csv, table_csv
-from defensivekv.evaluation.report.tables import Entry, Table, domain_table, summary_table, task_table
-from tests.evaluation.report.cases import LLAMA, LONGBENCH_ALL, RULER_4K, failed, grid, record, split, timing
+from defensivekv.evaluation.report.tables import Entry, Table, domain_table, overview_table, summary_table, task_table
+from tests.evaluation.report.cases import (
+    LLAMA,
+    LONGBENCH_ALL,
+    NEEDLEWORLD,
+    RULER_4K,
+    failed,
+    grid,
+    record,
+    split,
+    timing,
+)
 
 UNSEEN = Setting(LLAMA, False, "chat")
 RULER = Group("ruler", 4096)
@@ -167,3 +177,35 @@ def test_a_table_as_csv_has_its_details() -> None:
     header, row = csv.reader(io.StringIO(table_csv(table)))
     assert header[:2] == ["budget", "policy"]
     assert row[2] == "102.4 MiB (20 % of full)"
+
+
+def test_the_overview_has_a_line_for_each_policy_and_a_column_for_each_budget() -> None:
+    run = grid(("full", "snapkv", "defensivekv"), ("0.2", "0.4"), NEEDLEWORLD, samples=4, failures=1)
+    results = results_of(run)
+    (group,) = results.groups(UNSEEN)
+    table = overview_table(results, UNSEEN, group)
+    assert [column.title for column in table.columns] == ["policy", "20 %", "40 %"]
+    assert [row[0].text for row in table.rows] == ["full", "snapkv", "defensivekv"]
+    assert table.rows[0][2].text == "", "the full cache has no budget"
+    for number, budget in enumerate(("0.2", "0.4"), start=1):
+        score = results.aggregate(UNSEEN, "snapkv", budget, group).score
+        assert score is not None
+        expected = f"{100 * score.mean:.0f} {100 * score.low:.0f}-{100 * score.high:.0f} 5/20 failed"
+        assert table.rows[1][number].text == expected
+        assert sum(row[number].is_best for row in table.rows) == 1
+
+
+def test_steps_of_one_batch_size_are_explained_once() -> None:
+    made = [record(policy=policy, budget="0.2") for policy in ("snapkv", "adakv")]
+    pairs = [(each, (CellKey.of(each), timing(each.sample, 0.01, 8))) for each in made]
+    table = task_table(Results.from_records(*split(pairs)), UNSEEN, RULER, "0.2")
+    assert [entry.detail for entry in column(table, "a token")] == ["", ""]
+    assert table.notes == ("Decoding steps were timed in batches of 8.",)
+
+
+def test_domains_that_are_the_tasks_of_one_suite_have_no_table_of_their_own() -> None:
+    def made(domain: str, tasks: tuple[str, ...]) -> object:
+        return grid(("full", "snapkv"), ("0.2",), tasks, samples=2, domain=domain)
+
+    assert domain_table(results_of(made("a", NEEDLEWORLD[:1]), made("b", NEEDLEWORLD[1:2])), UNSEEN, "0.2") is None
+    assert domain_table(results_of(made("a", NEEDLEWORLD[:2]), made("b", NEEDLEWORLD[2:3])), UNSEEN, "0.2") is not None

@@ -82,6 +82,7 @@ def summary_table(results: Results, setting: Setting, group: Group) -> Table:
         lines += [(policy, budget) for policy in results.policies(setting, group, budget) if policy != FULL]
         ends.add(len(lines) - 1)
     aggregates = [results.aggregate(setting, policy, budget, group) for policy, budget in lines]
+    is_mixed = _is_mixed(aggregates)
     full = aggregates[0] if lines[0][0] == FULL else None
     means: dict[str, list[float]] = {budget: [] for budget in budgets}
     for (policy, budget), aggregate in zip(lines, aggregates, strict=True):
@@ -94,7 +95,7 @@ def summary_table(results: Results, setting: Setting, group: Group) -> Table:
         rows.append(
             (
                 Entry("all" if policy == FULL else budget_label(budget)),
-                *_held_entries(policy, aggregate, full),
+                *_held_entries(policy, aggregate, full, is_mixed),
                 Entry(percent(score.mean) if score else NONE, _tasks_text(aggregate), is_best),
                 Entry(interval_text(score, aggregate.n)),
                 _loss_entry(aggregate),
@@ -114,6 +115,44 @@ def summary_table(results: Results, setting: Setting, group: Group) -> Table:
         notes=_notes(aggregates),
         is_query_aware=setting.query_aware,
     )
+
+
+def overview_table(results: Results, setting: Setting, group: Group) -> Table:
+    """Policies down, budgets across: the mean over a group's tasks with its interval, and nothing else."""
+    budgets = results.budgets(setting, group)
+    policies = results.policies(setting, group)
+    rows = []
+    found = {(p, b): results.aggregate(setting, p, b, group) for p in policies for b in budgets}
+    best = {
+        budget: _best([a.score.mean for (p, b), a in found.items() if b == budget and p != FULL and a.score])
+        for budget in budgets
+    }
+    for policy in policies:
+        aggregates = [found[policy, budget] for budget in budgets]
+        # The full cache has no budget: its score stands once.
+        shown = aggregates[:1] if policy == FULL else aggregates
+        entries = [_overview_entry(aggregate, best[budget]) for budget, aggregate in zip(budgets, shown, strict=False)]
+        entries += [Entry("")] * (len(budgets) - len(entries))
+        rows.append((Entry(one_line(policy, 32)), *entries))
+    return Table(
+        title=f"{setting_label(setting)}: {group.label}, mean of {counted(len(results.tasks(setting, group)), 'task')}",
+        columns=(_HELD[0], *(Column(budget_label(budget)) for budget in budgets)),
+        rows=tuple(rows),
+        lead=1,
+        ends=frozenset({0}) if policies[0] == FULL else frozenset(),
+        notes=_notes(list(found.values()), with_times=False),
+        is_query_aware=setting.query_aware,
+    )
+
+
+def _overview_entry(aggregate: Aggregate, best: float | None) -> Entry:
+    score = aggregate.score
+    if score is None:
+        return Entry(NONE)
+    failed = f" {failed_text(aggregate.failures, aggregate.n)}" if aggregate.failures else ""
+    interval = interval_text(score, aggregate.n).replace(" to ", "-")
+    # Whole points: five budgets should fit a terminal.
+    return Entry(f"{100 * score.mean:.0f} {interval}{failed}", is_best=score.mean == best)
 
 
 def task_table(results: Results, setting: Setting, group: Group, budget: str) -> Table:
@@ -140,12 +179,15 @@ def task_table(results: Results, setting: Setting, group: Group, budget: str) ->
 
 
 def domain_table(results: Results, setting: Setting, budget: str) -> Table | None:
-    """All policies at one budget, domain by domain over all suites; None for fewer than two domains."""
+    """All policies at one budget, domain by domain over all suites; None for fewer than two domains, and where the
+    domains of the only suite are its tasks.
+    """
     domains = results.domains(setting)
-    if len(domains) < 2:
+    groups = {group for group, _ in domains}
+    num_tasks = sum(len(results.tasks(setting, group)) for group in groups)
+    if len(domains) < 2 or (len(groups) == 1 and num_tasks == len(domains)):
         return None
     policies = results.policies(setting, None, budget)
-    groups = {group for group, _ in domains}
     columns = [Column(one_line(domain, 24), group.label if len(groups) > 1 else "") for group, domain in domains]
     scores: list[list[Entry]] = []
     for group, domain in domains:
@@ -181,6 +223,7 @@ def _wide_table(
     scores: list[list[Entry]],
 ) -> Table:
     full = aggregates.get(FULL)
+    is_mixed = _is_mixed(list(aggregates.values()))
     best = _best([a.score.mean for p, a in aggregates.items() if p != FULL and a.score])
     rows = []
     for number, (policy, aggregate) in enumerate(aggregates.items()):
@@ -194,7 +237,7 @@ def _wide_table(
         )
         rows.append(
             (
-                *_held_entries(policy, aggregate, full),
+                *_held_entries(policy, aggregate, full, is_mixed),
                 *(column[number] for column in scores),
                 mean,
                 _loss_entry(aggregate),
@@ -225,19 +268,25 @@ def _score_entry(cell: Cell | None, best: float | None) -> Entry:
     return Entry(percent(cell.score.mean), details, cell.key.policy != FULL and cell.score.mean == best)
 
 
-def _held_entries(policy: str, aggregate: Aggregate, full: Aggregate | None) -> tuple[Entry, Entry, Entry]:
+def _is_mixed(aggregates: list[Aggregate]) -> bool:
+    """Whether steps were timed in batches of different sizes."""
+    return len(set().union(*(aggregate.batch_sizes for aggregate in aggregates))) > 1
+
+
+def _held_entries(
+    policy: str, aggregate: Aggregate, full: Aggregate | None, is_mixed: bool
+) -> tuple[Entry, Entry, Entry]:
     held, whole = aggregate.cache_bytes, aggregate.full_bytes
     of_full = f"{share_text(held / whole)} of full" if held is not None and whole else ""
     token, stock = aggregate.token_seconds, None if full is None else full.token_seconds
     batch = ", ".join(map(str, sorted(aggregate.batch_sizes)))
-    is_batched = bool(aggregate.batch_sizes - {1})
     # Steps of batches of different sizes are not to be divided by each other.
     is_fair = full is not None and full.batch_sizes == aggregate.batch_sizes
     factor = f"x{token / stock:.2f}" if token is not None and stock and is_fair and policy != FULL else ""
     return (
         Entry(one_line(policy, 32)),
         Entry(bytes_text(held), of_full),
-        Entry(milliseconds(token), _joined(factor, f"batch {batch}" if is_batched else "")),
+        Entry(milliseconds(token), _joined(factor, f"batch {batch}" if is_mixed and batch not in ("", "1") else "")),
     )
 
 
@@ -254,9 +303,12 @@ def _tasks_text(aggregate: Aggregate) -> str:
     return f"{have}/{len(aggregate.tasks)} tasks" if aggregate.missing else ""
 
 
-def _notes(aggregates: list[Aggregate]) -> tuple[str, ...]:
+def _notes(aggregates: list[Aggregate], *, with_times: bool = True) -> tuple[str, ...]:
     failures = sum(aggregate.failures for aggregate in aggregates)
     notes = []
+    sizes = set().union(*(aggregate.batch_sizes for aggregate in aggregates)) - {1}
+    if with_times and len(sizes) == 1 and not _is_mixed(aggregates):
+        notes.append(f"Decoding steps were timed in batches of {sizes.pop()}.")
     if failures:
         notes.append(f"{counted(failures, 'sample')} failed and count in no mean.")
     if any(aggregate.missing for aggregate in aggregates):

@@ -12,7 +12,7 @@ from defensivekv.evaluation.report.notes import notes
 from defensivekv.evaluation.report.pictures import shown_budget
 from defensivekv.evaluation.report.rendering import rich_tables
 from defensivekv.evaluation.report.results import Results
-from defensivekv.evaluation.report.tables import Table, domain_table, summary_table, task_table
+from defensivekv.evaluation.report.tables import Table, domain_table, overview_table, summary_table, task_table
 from defensivekv.evaluation.report.text import one_line, plain
 from defensivekv.evaluation.report.wording import EXPLANATION, counted
 
@@ -22,12 +22,13 @@ _SHOWN_FAILURES = 5
 def all_tables(results: Results, *, every_budget: bool = True) -> Iterator[Table]:
     """Of each setting: a summary of each group, its tables by budget, and the domains by budget.
 
-    every_budget: or only that of the figures which show one.
+    every_budget: or only that of the figures which show one, with an overview in place of the summary.
     """
     for setting in results.settings:
         budgets = results.budgets(setting) if every_budget else [shown_budget(results, setting)]
         for group in results.groups(setting):
-            yield summary_table(results, setting, group)
+            is_short = not every_budget and len(results.budgets(setting, group)) > 1
+            yield (overview_table if is_short else summary_table)(results, setting, group)
             if len(results.tasks(setting, group)) > 1:
                 for budget in results.budgets(setting, group):
                     if budget in budgets:
@@ -43,8 +44,8 @@ def print_report(
 ) -> None:
     """Prints the tables, what limits them, and the first failures.
 
-    every_budget: tables of tasks and domains at every budget, and not only at 20 % or the next best; the summaries
-    have all. against_paper: with the published figures beside ours.
+    every_budget: tables of tasks and domains at every budget, and not only at 20 % or the next best, and summaries
+    with memory and time in place of overviews. against_paper: with the published figures beside ours.
     """
     for table in all_tables(results, every_budget=every_budget):
         _print_table(table, console)
