@@ -3,9 +3,7 @@
 import time
 import warnings
 from dataclasses import dataclass
-from inspect import signature
 from math import floor
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +14,7 @@ from defensivekv.errors import BudgetError, DefensiveKVWarning
 from defensivekv.evaluation.runner.cells import Setting
 from defensivekv.integrations.transformers import EvictingCache, disable, enable
 from defensivekv.integrations.transformers.model import plan_layers, text_config
-from defensivekv.integrations.transformers.prefill import prefill
+from defensivekv.integrations.transformers.prefill import masking, prefill
 from defensivekv.integrations.transformers.versions import CACHE_ARGUMENT
 from defensivekv.policies import Policy
 
@@ -77,7 +75,7 @@ def read_prompts(
     if setting.is_stock:
         disable(model)
         cache: AnyCache = DynamicCache(config=model.config)
-        forward(model, cache, ids, mask)
+        model(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE_ARGUMENT: cache}, **masking(model, mask))
     else:
         enable(model)
         cache = compress_prompts(model, tokenizer, setting.policy, ids, mask, suffix)
@@ -101,23 +99,12 @@ def compress_prompts(
 ) -> EvictingCache:
     """The prompts as the policy keeps them, in a cache of the enabled model."""
     cache = EvictingCache(model, policy)
-    given = None if bool(mask.all()) else mask
     with warnings.catch_warnings():
         # A prompt that is too short to be compressed is an error here: see `_check_budget`.
         warnings.filterwarnings("ignore", message=".*kept whole", category=DefensiveKVWarning)
         # Policies that have the prompt repeated refuse pads; the rows are then read one at a time.
-        prefill(model, cache, ids, attention_mask=given, tokenizer=tokenizer, suffix=suffix)
+        prefill(model, cache, ids, attention_mask=mask, tokenizer=tokenizer, suffix=suffix)
     return cache
-
-
-def forward(model: PreTrainedModel, cache: AnyCache, ids: Tensor, mask: Tensor) -> None:
-    """Fills the cache with the prompts; `generate()` would do the same, and go on."""
-    inputs: dict[str, Any] = {}
-    if not bool(mask.all()):
-        inputs["attention_mask"] = mask
-        if "position_ids" in signature(model.forward).parameters:
-            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
-    model(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE_ARGUMENT: cache}, **inputs)
 
 
 def pad_left(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,7 @@ def prefill(
         assert tokenizer is not None
         repeats = _repeats(input_ids, tokenizer, suffix, scorer.chunk_size)
         _check_room(model, input_ids.shape[1], max(ids.shape[1] for _, _, ids in repeats))
-    options = _masking(model, attention_mask)
+    options = masking(model, attention_mask)
     with cache.reconstructing():
         model(input_ids=input_ids, use_cache=True, logits_to_keep=1, **options, **{CACHE_ARGUMENT: cache})
         stock = [None if isinstance(layer, EvictedLayer) else copy.deepcopy(layer) for layer in cache.layers]
@@ -69,7 +69,7 @@ def prefill(
             ]
 
 
-def _masking(model: PreTrainedModel, attention_mask: Tensor | None) -> dict[str, Tensor]:
+def masking(model: PreTrainedModel, attention_mask: Tensor | None) -> dict[str, Tensor]:
     """The mask, and positions that leave its pads out, from which `generate()` goes on."""
     if attention_mask is None or bool(attention_mask.all()):
         return {}
