@@ -151,3 +151,14 @@ def test_an_entry_is_its_key_its_value_and_its_position() -> None:
 )
 def test_bytes_are_written_in_binary_units(count: int, text: str) -> None:
     assert format_bytes(count) == text
+
+
+@given(
+    amount=st.integers(1, 10**9).map(lambda billionths: Fraction(billionths, 10**9))
+    | st.integers(2, 10**7)
+    | st.integers(1, 2**45).map(lambda size: f"{size}B")
+    | st.sampled_from(["64MiB", "1.01MiB", "1.04MiB", "2GiB", "500.04KiB", 0.2, 0.20004, 0.99999, "20%"])
+)
+def test_what_a_budget_is_called_is_read_back_as_the_same_budget(amount: Fraction | int | float | str) -> None:
+    budget = Budget.parse(amount)
+    assert Budget.parse(str(budget)) == budget

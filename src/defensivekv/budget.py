@@ -61,10 +61,16 @@ class Budget:
 
     @classmethod
     def _parse_text(cls, text: str) -> Self:
-        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]{1,2})?)\s*(%|[A-Za-z]*)\s*", text)
+        if ratio := re.fullmatch(r"\s*([0-9]+)/0*([1-9][0-9]*)\s*", text):
+            return cls.parse(Fraction(int(ratio[1]), int(ratio[2])))
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]{1,2})?)\s*(%|entries per head|[A-Za-z]*)\s*", text)
         if match is None:
             raise BudgetError(f"budget {text!r} is not understood: give {_FORMS}")
         number, unit = match.groups()
+        if unit == "entries per head":
+            if not number.isdigit() or int(number) < 1:
+                raise BudgetError(f"budget {text!r} is not a whole number of entries: give {_FORMS}")
+            return cls("entries", Fraction(number))
         if unit == "%":
             return cls.parse(Fraction(number) / 100)
         if not unit:
@@ -93,11 +99,14 @@ class Budget:
         return min(Fraction(1), self.amount / (num_tokens * unit))
 
     def __str__(self) -> str:
+        """As `parse` reads it back; no two budgets look the same."""
         if self.kind == "share":
-            return f"{float(self.amount):.4g}"
+            text = "1" if self.amount == 1 else repr(float(self.amount))
+            return text if Budget.parse(text) == self else f"{self.amount.numerator}/{self.amount.denominator}"
         if self.kind == "entries":
             return f"{int(self.amount)} entries per head"
-        return format_bytes(int(self.amount))
+        for_people = format_bytes(int(self.amount))
+        return for_people if Budget.parse(for_people) == self else f"{int(self.amount)} B"
 
 
 def entry_bytes(key_size: int, value_size: int, itemsize: int) -> int:

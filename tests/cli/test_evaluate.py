@@ -33,7 +33,7 @@ def test_the_command_runs_reports_and_goes_on(tmp_path: Path, monkeypatch: pytes
     assert runner.invoke(app, arguments).exit_code == 0
     again = runner.invoke(app, ["evaluate", "--rescore", "--output", str(tmp_path)])
     assert again.exit_code == 0, again.output
-    assert "0 records changed" in again.output
+    assert "0 records have other scores" in again.output
     stored = runner.invoke(app, ["evaluate", "--config", str(tmp_path / "run.json"), "--output", str(tmp_path)])
     assert stored.exit_code == 0, stored.output
 
@@ -81,14 +81,22 @@ def test_options_come_before_the_file(tmp_path: Path) -> None:
         (["--against", "nature"], dkv.InvalidInputError, "paper"),
         (["--template", "chat"], dkv.InvalidInputError, "no chat template"),
         (["--rescore"], dkv.InvalidInputError, "no records"),
+        (["--rescore", "--ray"], dkv.InvalidInputError, "--rescore runs nothing"),
+        (["--rescore", "--budgets", "0.2"], dkv.InvalidInputError, "--rescore runs nothing"),
+        (["--policies", "snapkv+aggregation=3"], dkv.InvalidInputError, "aggregation 3 is no part"),
+        (["--policies", "snapkv+protect_window=no"], dkv.InvalidInputError, "must be True or False"),
+        (["--policies", "snapkv+name=random"], dkv.InvalidInputError, "names a policy twice"),
+        (["--policies", "duo-attention+profile=3"], dkv.InvalidInputError, "3 is no profile of heads"),
         (["/no/such/model", "--tasks", "needleworld"], dkv.InvalidInputError, "cannot load"),
     ],
 )
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_what_cannot_be_run_is_refused_before_any_work(
     tmp_path: Path, arguments: list[str], error: type[Exception], message: str
 ) -> None:
     start = time.perf_counter()
-    result = runner.invoke(app, ["evaluate", *arguments, "--output", str(tmp_path / "run"), "--device", "cpu"])
+    device = [] if arguments == ["--rescore"] else ["--device", "cpu"]
+    result = runner.invoke(app, ["evaluate", *arguments, "--output", str(tmp_path / "run"), *device])
     assert isinstance(result.exception, error), result.output
     assert message in str(result.exception)
     assert not (tmp_path / "run" / "records").exists()
@@ -104,3 +112,11 @@ def test_a_sample_that_fails_is_named_and_does_not_end_the_run(tmp_path: Path) -
     assert "failed" in result.output
     assert json.loads((tmp_path / "run.json").read_text())["made_with"]["template"] == "plain"
     assert [record.status for record in read_records(tmp_path)] == ["ok", "failed"]
+
+
+def test_a_run_in_which_nothing_was_answered_ends_with_status_one(tmp_path: Path) -> None:
+    arguments = ["evaluate", "--tasks", "needleworld/single_key", "--lengths", "256", "--num-samples", "1"]
+    arguments += ["--policies", "snapkv+window_size=32", "--budgets", "0.1", "--device", "cpu"]
+    result = runner.invoke(app, [*arguments, "--output", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "no sample was answered" in result.output

@@ -42,7 +42,7 @@ def test_tasks_run_and_the_results_are_written_with_our_settings(folder: Path, t
     written = json.loads(output.read_text())
     assert written["results"]["needle_choice"]["acc,none"] >= 0.5
     ours = written["config"]["defensivekv"]
-    assert (ours["policy"], ours["budget"]["asked"]) == ("snapkv", "0.5")
+    assert (ours["policy"], ours["budget"]["asked"]) == ("snapkv+aggregation=defensive", "0.5")
     assert ours["budget"]["achieved"]["mean"] == pytest.approx(0.5, abs=0.01)
     assert ours["versions"]["lm_eval"]
     assert len(written["samples"]["needle_generate"]) == 2

@@ -363,7 +363,7 @@ def test_the_harness_runs_a_generation_task_and_writes_our_settings(
     assert samples[0]["resps"][0][0].strip() == context.ask(asked[0][1].text, max_new_tokens=10)
     disable(model)
     ours = results["config"]["defensivekv"]
-    assert ours["policy"] == "snapkv"
+    assert ours["policy"] == "snapkv+aggregation=defensive"
     assert "Defensive" in ours["parts"]["aggregation"]
     assert ours["budget"]["asked"] == "0.5"
     assert ours["budget"]["achieved"]["mean"] == pytest.approx(0.5, abs=0.01)

@@ -114,3 +114,27 @@ def test_a_window_where_there_is_none_is_refused() -> None:
     with pytest.raises(dkv.InvalidInputError, match="'knorm' observes no window"):
         dkv.policy("knorm", 0.2, window_size=16)
     assert dkv.policy("knorm", 0.2, scoring="window-attention", window_size=16).window_size == 16
+
+
+def test_a_composition_is_named_by_its_parts() -> None:
+    assert dkv.policy("kvzip", 0.2, aggregation="defensive").name == "kvzip+aggregation=defensive"
+    composed = dkv.policy("snapkv", 0.2, allocation=AcrossLayers(), aggregation="defensive")
+    assert composed.name == "snapkv+aggregation=defensive+allocation=AcrossLayers"
+    assert dkv.policy("snapkv", 0.2, window_size=16).name == "snapkv"
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("kind", ["scoring", "aggregation", "weighting", "allocation"])
+@pytest.mark.parametrize("given", [3, True, object(), Defensive])
+def test_what_is_no_part_is_refused(kind: str, given: object) -> None:
+    with pytest.raises(dkv.InvalidInputError, match=f"^{kind} .* is no part of that kind"):
+        dkv.policy("snapkv", 0.2, **{kind: given})  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_options_of_other_types_are_refused() -> None:
+    with pytest.raises(dkv.InvalidInputError, match="protect_window 'no' must be True or False"):
+        dkv.policy("snapkv", 0.2, protect_window="no")  # type: ignore[arg-type]
+    for size in ("x", 2.5):
+        with pytest.raises(dkv.InvalidInputError, match="must be odd"):
+            Defensive(size)  # type: ignore[arg-type]

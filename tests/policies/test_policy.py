@@ -31,7 +31,7 @@ ATTENTION_POLICIES = ["snapkv", "adakv", "criticalkv", "defensivekv", "layer-def
 WINDOW_POLICIES = [name for name in GENERIC if dkv.policy(name, 1.0).scorer.has_window and name != "chunkkv"]
 """ChunkKV's window shares chunks with what comes before it."""
 
-INDIFFERENT = ["streaming-llm", "lagkv", "knorm", "keydiff", "chunkkv"]
+INDIFFERENT = ["random", "streaming-llm", "lagkv", "knorm", "keydiff", "chunkkv"]
 """Where louder keys and values change no order, or hardly any."""
 
 

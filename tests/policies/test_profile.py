@@ -40,6 +40,9 @@ SPANS = '"num_sinks": 1, "num_recent": 1'
         f'{{"format": 1, "heads": [[1.0], [1.0, 2.0]], {SPANS}}}',
         f'{{"format": 1, "heads": [["x"]], {SPANS}}}',
         '{"format": 1, "heads": [[1.0]], "num_sinks": -1, "num_recent": 1}',
+        '{"format": 1, "heads": [[1.0]], "num_sinks": 1.5, "num_recent": 1}',
+        '{"format": 1, "heads": [[1.0]], "num_sinks": 1, "num_recent": true}',
+        f'{{"format": 1, "heads": [[NaN]], {SPANS}}}',
     ],
 )
 def test_anything_else_is_refused_by_name(content: str, tmp_path: Path) -> None:

@@ -98,3 +98,9 @@ def test_chance_leaves_the_global_generator_alone() -> None:
     torch.manual_seed(7)
     importances(UniformRandom(), observation(Shape(2, 1, 4, 40, 3, 3), 0), 4)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_chance_is_the_same_for_a_prompt_whose_keys_are_rounded_otherwise() -> None:
+    row = observation(Shape(2, 1, 4, 40, 3, 3), 0)
+    rounded = replace(row, keys=row.keys * (1 + 1e-6))
+    assert torch.equal(importances(UniformRandom(), rounded, 4), importances(UniformRandom(), row, 4))

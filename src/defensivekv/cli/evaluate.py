@@ -71,33 +71,38 @@ def evaluate(
     console = Console()
     if against not in (None, "paper"):
         raise InvalidInputError(f"nothing is known of {against!r}: --against takes 'paper'")
+    options = {
+        "model": model,
+        "tasks": _parts(tasks),
+        "policies": _parts(policies),
+        "budgets": _parts(budgets),
+        "num_samples": num_samples,
+        "lengths": _parts(lengths),
+        "seed": seed,
+        "data": None if data is None else str(data),
+        "split": split,
+        "batch_size": batch_size,
+        "max_context_tokens": max_context_tokens,
+        "query_aware": query_aware,
+        "template": template,
+        "dtype": dtype,
+        "device": device,
+        "trust_remote_code": trust_remote_code,
+    }
+    asked = {name: value for name, value in options.items() if value is not None}
+    on_ray = ray or ray_address is not None
     if rescore:
+        if asked or on_ray or config is not None:
+            raise InvalidInputError("--rescore runs nothing: give it --output and --against only")
         from defensivekv.evaluation.runner import rescore as score_again
 
-        console.print(f"{score_again(output)} records changed in {escape(str(output))}", highlight=False)
+        console.print(f"{score_again(output)} records have other scores now in {escape(str(output))}", highlight=False)
     else:
-        options = {
-            "model": model,
-            "tasks": _parts(tasks),
-            "policies": _parts(policies),
-            "budgets": _parts(budgets),
-            "num_samples": num_samples,
-            "lengths": _parts(lengths),
-            "seed": seed,
-            "data": None if data is None else str(data),
-            "split": split,
-            "batch_size": batch_size,
-            "max_context_tokens": max_context_tokens,
-            "query_aware": query_aware,
-            "template": template,
-            "dtype": dtype,
-            "device": device,
-            "trust_remote_code": trust_remote_code,
-        }
-        plan = read_plan(config, {name: value for name, value in options.items() if value is not None})
-        on_ray = ray or ray_address is not None
+        plan = read_plan(config, asked)
         run_with_progress(plan, output, load_for, console, on_ray=on_ray, ray_address=ray_address)
-    _report(output, console, against_paper=against == "paper")
+    if not _report(output, console, against_paper=against == "paper"):
+        console.print("[bold red]error:[/] no sample was answered", highlight=False)
+        sys.exit(1)
 
 
 def read_plan(config: Path | None, options: dict[str, Any]) -> "RunPlan":
@@ -170,7 +175,8 @@ def run_with_progress(
             sys.exit(130)
 
 
-def _report(output: Path, console: Console, *, against_paper: bool) -> None:
+def _report(output: Path, console: Console, *, against_paper: bool) -> bool:
+    """Writes and prints the report; whether any sample was answered."""
     from defensivekv.evaluation.report import Results, print_report
     from defensivekv.evaluation.report.writing import write_results
     from defensivekv.evaluation.runner import read_records, read_timings
@@ -180,3 +186,4 @@ def _report(output: Path, console: Console, *, against_paper: bool) -> None:
         page = write_results(results, output, against_paper=against_paper)
     print_report(results, console, against_paper=against_paper)
     console.print(f"report {escape(str(page))}", highlight=False)
+    return any(cell.n for cell in results.cells.values())

@@ -151,8 +151,8 @@ def aggregate(aggregation: Aggregation, importance: Importance) -> HeadScores:
 
 
 def _check_kernel_size(kernel_size: int) -> None:
-    if kernel_size < 1 or kernel_size % 2 == 0:
-        raise InvalidInputError(f"kernel_size {kernel_size} must be odd, so that the filter has a middle; 1: none")
+    if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+        raise InvalidInputError(f"kernel_size {kernel_size!r} must be odd, so that the filter has a middle; 1: none")
 
 
 def _smooth(values: HeadScores | Importance, kernel_size: int) -> HeadScores | Importance:

@@ -6,8 +6,16 @@ from fractions import Fraction
 from typing import Any
 
 from defensivekv.errors import InvalidInputError
-from defensivekv.policies.aggregation import Defensive, Max, Mean, MeanAndVariance
-from defensivekv.policies.allocation import AcrossLayers, ByPreference, PerHead, PerLayer, PerPosition, Pyramid
+from defensivekv.policies.aggregation import Aggregation, Defensive, Max, Mean, MeanAndVariance
+from defensivekv.policies.allocation import (
+    AcrossLayers,
+    Allocation,
+    ByPreference,
+    PerHead,
+    PerLayer,
+    PerPosition,
+    Pyramid,
+)
 from defensivekv.policies.key_scoring import KeyDifference, KeyNorm, LagRelative
 from defensivekv.policies.preference import DispersionAndShift
 from defensivekv.policies.scoring import (
@@ -15,10 +23,11 @@ from defensivekv.policies.scoring import (
     PromptAttention,
     Recency,
     Reconstruction,
+    Scorer,
     UniformRandom,
     WindowAttention,
 )
-from defensivekv.policies.weighting import RecentFirst, TwoStageCritical, TwoStageValueNorm, ValueSize
+from defensivekv.policies.weighting import RecentFirst, TwoStageCritical, TwoStageValueNorm, ValueSize, Weighting
 
 SAFEGUARD = Fraction(1, 5)
 """The share of an even split that AdaKV leaves every head (arXiv 2407.11550, and kvpress)."""
@@ -64,11 +73,16 @@ PARTS: Mapping[str, Mapping[str, Callable[[], Any]]] = {
 """For each keyword of `policy`, the names that it takes and the part that each stands for."""
 
 
+_KINDS = {"scoring": Scorer, "aggregation": Aggregation, "weighting": Weighting, "allocation": Allocation}
+
+
 def part(kind: str, given: Any) -> Any:
     """The part of that name; a part that is one already, as it is. Raises InvalidInputError with the nearest names."""
-    if not isinstance(given, str):
-        return given
     names = PARTS[kind]
+    if not isinstance(given, str):
+        if isinstance(given, type) or not isinstance(given, _KINDS[kind]):
+            raise InvalidInputError(f"{kind} {given!r} is no part of that kind: give one, or one of {', '.join(names)}")
+        return given
     if given in names:
         return names[given]()
     near = difflib.get_close_matches(given.lower().replace("_", "-"), names, n=2, cutoff=0.4)

@@ -203,7 +203,8 @@ def policy(
 
     name: one of `policies()`. budget: a share of the prompt's entries (`0.2`), entries per head on average
     (`1024`) or bytes per sequence (`"64MiB"`); "full" needs none. scoring, aggregation, weighting, allocation: in
-    place of the policy's own, a name of `policies.PARTS` or a part: `policy("kvzip", 0.2, aggregation="defensive")`.
+    place of the policy's own, a name of `PARTS` (of `defensivekv.policies`) or a part, as in
+    `policy("kvzip", 0.2, aggregation="defensive")`; the policy's name then tells them.
     window_size: tokens of the observation window, 32 unless the method has another; only where the scorer has one.
     protect_window: see `Policy`. profile: file of a `HeadProfile`, or one; "duo-attention" needs it and no other
     takes it.
@@ -228,11 +229,11 @@ def policy(
     asked = Budget.parse(budget)
     if name == "full" and not asked.is_full:
         raise BudgetError(f"policy 'full' keeps everything, but the budget is {asked}: leave the budget out")
-    given = {"scorer": scoring, "aggregation": aggregation, "weighting": weighting, "allocation": allocation}
+    asked_parts = {"scoring": scoring, "aggregation": aggregation, "weighting": weighting, "allocation": allocation}
     changes: dict[str, Any] = {
-        field: part("scoring" if field == "scorer" else field, value)
-        for field, value in given.items()
-        if value is not None
+        "scorer" if kind == "scoring" else kind: part(kind, given)
+        for kind, given in asked_parts.items()
+        if given is not None
     }
     if window_size is not None:
         if isinstance(window_size, bool) or not isinstance(window_size, int):
@@ -240,8 +241,16 @@ def policy(
         if not changes.get("scorer", preset.scorer).has_window:
             raise InvalidInputError(f"policy {name!r} observes no window: leave window_size out")
         changes["window_size"] = window_size
+    if not isinstance(protect_window, bool):
+        raise InvalidInputError(f"protect_window {protect_window!r} must be True or False")
+    composed = [f"{key}={_called(given)}" for key, given in asked_parts.items() if given is not None]
+    changes["name"] = "+".join((preset.name, *composed))
     # All at once: parts are held against each other, and the budget against the window, when all are set.
     return replace(preset, budget=asked, protect_window=protect_window, **changes)
+
+
+def _called(given: object) -> str:
+    return given if isinstance(given, str) else type(given).__name__
 
 
 def _factory(name: str) -> Callable[[], Policy]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,6 +33,10 @@ class HeadProfile:
     def __post_init__(self) -> None:
         if not self.heads or not self.heads[0] or len({len(layer) for layer in self.heads}) != 1:
             raise InvalidInputError("a profile needs as many heads for each layer, and at least one")
+        if any(isinstance(count, bool) or not isinstance(count, int) for count in (self.num_sinks, self.num_recent)):
+            raise InvalidInputError("a profile's num_sinks and num_recent are whole numbers")
+        if not all(math.isfinite(weight) for layer in self.heads for weight in layer):
+            raise InvalidInputError("a profile's heads are numbers, and not NaN or infinite")
         if self.num_sinks < 0 or self.num_recent < 1:
             raise InvalidInputError(f"a profile of {self.num_sinks} sinks and {self.num_recent} recent entries is none")
 

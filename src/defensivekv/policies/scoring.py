@@ -1,5 +1,6 @@
 """Importance: what one observed query says of one entry, where queries are looked at."""
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -239,8 +240,11 @@ class UniformRandom:
 
     def __call__(self, row: Observation, window_size: int) -> Iterator[Part]:
         w = min(window_size, row.num_tokens)
-        # The layer's content enters the seed, so that layers and prompts differ and a run repeats.
-        content = int(row.keys.float().abs().sum().item() * 1e3) % 2**31
+        # The layer's content enters the seed, so that layers and prompts differ and a run repeats. By its signs, which
+        # a padded batch does not round otherwise than a row alone.
+        places = torch.linspace(0, row.num_tokens - 1, 8, device=row.keys.device).long()
+        signs = (row.keys[0, :, places] > 0).flatten().cpu().numpy().tobytes()
+        content = zlib.crc32(signs) % 2**31
         generator = torch.Generator().manual_seed(self.seed * 2**31 + content)
         scores = torch.rand(row.num_heads, 1, 1, row.num_tokens - w, generator=generator)
         yield Part(scores.to(row.keys.device))

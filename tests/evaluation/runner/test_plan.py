@@ -80,3 +80,19 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path: Path, text: str) -> None:
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(InvalidInputError, match="cannot read"):
         load_plan(path)
+
+
+def test_the_full_caches_name_is_no_label() -> None:
+    with pytest.raises(InvalidInputError, match="the label 'full' is the full cache's"):
+        make_plan({"tasks": ["needleworld"], "policies": [{"name": "snapkv", "label": "Full"}], "budgets": [0.2]})
+
+
+def test_a_label_that_no_file_can_be_called_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match="at most 120 characters"):
+        make_plan({"tasks": ["needleworld"], "policies": [{"name": "snapkv", "label": "x" * 121}], "budgets": [0.2]})
+
+
+def test_budgets_that_differ_have_cells_that_differ() -> None:
+    budgets = ["0.2", "0.20004", "0.99999", "1.01MiB", "1.04MiB", "500KiB", "500.04KiB", "64", "1024"]
+    plan = make_plan({"tasks": ["needleworld"], "policies": ["snapkv"], "budgets": budgets})
+    assert len({setting.budget for setting in plan.settings()}) == len(budgets)

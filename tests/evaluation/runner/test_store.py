@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from defensivekv.errors import DefensiveKVWarning, InvalidInputError
-from defensivekv.evaluation.runner import evaluate, read_records, read_timings
+from defensivekv.evaluation.runner import evaluate, read_records, read_timings, rescore
 from defensivekv.evaluation.runner.cells import Cell, TaskFacts
 from defensivekv.evaluation.runner.examiner import Examiner, Outcome
 from defensivekv.evaluation.runner.plan import RunPlan, make_plan
@@ -79,14 +79,27 @@ def _write(log: CellLog, made: list[Outcome]) -> None:
         log.append(made[log.done : log.done + len(log.window)])
 
 
-def test_a_line_that_was_damaged_is_answered_again_with_what_follows(tmp_path: Path) -> None:
+def test_a_last_line_that_was_damaged_is_answered_again(tmp_path: Path) -> None:
     run(tmp_path)
     expected = contents(tmp_path)
     for path in (tmp_path / "records").iterdir():
         text = path.read_bytes()
-        path.write_bytes(text[:100] + b"\0" * 50 + text[150:])
+        path.write_bytes(text[:-150] + b"\0" * 149 + b"\n")
     run(tmp_path)
     assert contents(tmp_path) == expected
+
+
+def test_a_damaged_line_that_others_follow_is_named_and_nothing_is_lost(tmp_path: Path) -> None:
+    run(tmp_path)
+    path = sorted((tmp_path / "records").iterdir())[0]
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert len(lines) > 1
+    path.write_bytes(lines[0][:100] + b"\0" * 50 + lines[0][150:] + b"".join(lines[1:]))
+    before = contents(tmp_path)
+    for again in (run, read_records, rescore):
+        with pytest.raises(InvalidInputError, match=r"\.jsonl' line 1 is no record .*: mend it, or delete"):
+            again(tmp_path)
+    assert contents(tmp_path) == before
 
 
 def test_what_is_done_is_not_done_again_and_more_may_be_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,3 +184,18 @@ def test_a_padded_batch_is_read_as_its_rows_and_goes_on_as_they_do(tokenizer: Pr
         dkv.prefill(model, alone, row)
         expected = generate(model, torch.cat((row, question[number : number + 1]), 1), alone)
         assert torch.equal(sequences[number, -4:], expected[0, -4:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["kvzip", "expected-attention"])
+def test_rotations_that_change_with_the_length_are_refused_and_left_alone(
+    name: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rope = {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 4.0}
+    model = tiny_model("llama", max_position_embeddings=32, rope_parameters=rope)
+    before = model(prompt(T)).logits
+    dkv.enable(model)
+    with pytest.raises(dkv.UnsupportedModelError, match="frequencies that change with the length"):
+        dkv.prefill(model, dkv.EvictingCache(model, name, 0.5), prompt(T), tokenizer=tokenizer)
+    dkv.disable(model)
+    torch.testing.assert_close(model(prompt(T)).logits, before)

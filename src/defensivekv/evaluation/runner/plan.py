@@ -22,6 +22,8 @@ PACKAGED_BATCH_SIZE = 8
 
 Option = bool | int | str
 
+_LONGEST_TITLE = 120
+
 
 def _as_list(value: object) -> object:
     """One thing, or several between commas, as a list."""
@@ -59,11 +61,21 @@ class PolicyPlan(BaseModel):
             pairs = [part.partition("=") for part in parts]
             if any(not key or not given for key, _, given in pairs):
                 raise ValueError(f"{value!r} is not understood: write name+option=value, or name alone")
-            value = {"name": name, **{key: _option(given) for key, _, given in pairs}}
+            if any(key == "name" for key, _, _ in pairs):
+                raise ValueError(f"{value!r} names a policy twice")
+            value = {"name": name, **{key: given if key == "profile" else _option(given) for key, _, given in pairs}}
         if not isinstance(value, Mapping) or "options" in value:
             return value
         fields = {key: given for key, given in value.items() if key in ("name", "label")}
         return fields | {"options": {key: given for key, given in value.items() if key not in fields}}
+
+    @model_validator(mode="after")
+    def _check_label(self) -> "PolicyPlan":
+        if self.name != "full" and self.title.casefold() == "full":
+            raise ValueError("the label 'full' is the full cache's: choose another")
+        if len(self.title) > _LONGEST_TITLE:
+            raise ValueError(f"a label has at most {_LONGEST_TITLE} characters")
+        return self
 
     @property
     def title(self) -> str:

@@ -186,17 +186,27 @@ def _common_start(first: Sequence[str], second: Sequence[str]) -> Iterator[str]:
 
 
 def read_lines(path: Path, kind: type[_Line]) -> tuple[list[_Line], list[int]]:
-    """The lines up to the first that broke off, and the bytes before each and after the last; none without a file."""
+    """The lines, and the bytes before each and after the last; none without a file.
+
+    A last line that broke off is left out, as a run that was stopped leaves it. Raises InvalidInputError for a broken
+    line that others follow, by its number.
+    """
     lines: list[_Line] = []
     ends = [0]
     raw = path.read_bytes() if path.exists() else b""
-    for line in raw.splitlines(keepends=True):
-        if not line.endswith(b"\n"):
-            break
+    split = raw.splitlines(keepends=True)
+    for number, line in enumerate(split, start=1):
         try:
+            if not line.endswith(b"\n"):
+                break
             lines.append(kind.model_validate_json(line))
-        except ValidationError:
-            break
+        except ValidationError as error:
+            if number == len(split):
+                break
+            raise InvalidInputError(
+                f"{str(path)!r} line {number} is no record ({error.errors()[0]['msg']}): mend it, or delete the file "
+                "to have its samples answered again"
+            ) from None
         ends.append(ends[-1] + len(line))
     return lines, ends
 

@@ -81,6 +81,12 @@ def max_positions(model: PreTrainedModel) -> int | None:
     return max(stretched)
 
 
+def has_dynamic_rotation(model: PreTrainedModel) -> bool:
+    """Whether rotary frequencies change with the longest position that was asked for (dynamic NTK), for good."""
+    kinds = (getattr(module, "rope_type", None) for module in model.modules())
+    return any("dynamic" in (kind.values() if isinstance(kind, dict) else (kind,)) for kind in kinds)
+
+
 def enable(model: PreTrainedModel) -> None:
     """Switches the model's attention to one that can read an `EvictingCache`.
 

@@ -8,10 +8,10 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from defensivekv.errors import CacheError, InvalidInputError
+from defensivekv.errors import CacheError, InvalidInputError, UnsupportedModelError
 from defensivekv.integrations.transformers.cache import EvictingCache
 from defensivekv.integrations.transformers.layer import EvictedLayer
-from defensivekv.integrations.transformers.model import max_positions
+from defensivekv.integrations.transformers.model import has_dynamic_rotation, max_positions
 from defensivekv.integrations.transformers.versions import CACHE_ARGUMENT
 from defensivekv.policies.scoring import Reconstruction
 
@@ -41,8 +41,8 @@ def prefill(
     attention_mask: 0 at pads; None: no pads. suffix: what stands between the user's words and the model's, such as the
     end of a chat template; the model's turn to repeat begins after it.
 
-    Raises CacheError for a cache that holds something, and InvalidInputError where the prompt cannot be repeated: each
-    before the prompt is read.
+    Raises CacheError for a cache that holds something, and InvalidInputError or UnsupportedModelError where the prompt
+    cannot be repeated: each before the prompt is read.
     """
     if cache.get_seq_length():
         raise CacheError("the cache holds a prompt already: make a new one, or call reset()")
@@ -50,7 +50,7 @@ def prefill(
     repeats: list[tuple[int, int, Tensor]] = []
     # What is kept whole needs no scores; a budget in entries or bytes shows its share once the prompt is known.
     if isinstance(scorer, Reconstruction) and not cache.policy.budget.is_full:
-        _check_repeatable(input_ids, attention_mask, tokenizer)
+        _check_repeatable(model, input_ids, attention_mask, tokenizer)
         assert tokenizer is not None
         repeats = _repeats(input_ids, tokenizer, suffix, scorer.chunk_size)
         _check_room(model, input_ids.shape[1], max(ids.shape[1] for _, _, ids in repeats))
@@ -98,8 +98,13 @@ def _repeats(
 
 
 def _check_repeatable(
-    input_ids: Tensor, attention_mask: Tensor | None, tokenizer: PreTrainedTokenizerBase | None
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
+    if has_dynamic_rotation(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} rotates by frequencies that change with the length (dynamic NTK): a second "
+            "reading would spoil what the first one stored; use a policy with one, such as 'snapkv'"
+        )
     if tokenizer is None:
         raise InvalidInputError("this policy has the prompt repeated: pass the tokenizer, for the instruction")
     if attention_mask is not None and not bool(attention_mask.all()):

@@ -1,5 +1,6 @@
 """The model's own rotation of queries and keys, for scorers that ask about positions to come."""
 
+import copy
 import inspect
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from defensivekv.errors import UnsupportedModelError
+from defensivekv.integrations.transformers.model import has_dynamic_rotation
 
 _UNROTATED_FULL_ATTENTION = ("cohere2", "cohere2_moe", "exaone4", "exaone_moe")
 """Model types that rotate in their sliding-window layers only, which nothing in their full-attention layers tells."""
@@ -99,9 +101,15 @@ class ModelRotary:
             for module in self._model.modules()
             if type(module).__name__.endswith("RotaryEmbedding") and type(module).__module__ == file
         }
+        if has_dynamic_rotation(self._model):
+            raise UnsupportedModelError(
+                f"{type(self._model).__name__} rotates by frequencies that change with the length (dynamic NTK), so "
+                "that none can be told for positions to come: use a policy that asks for none, such as 'snapkv'"
+            )
         if len(found) != 1:
             raise UnsupportedModelError(
                 f"{type(self._model).__name__} has {len(found)} kinds of rotary embeddings beside its attention, and "
                 "'expected-attention' needs one: use a policy that asks for no future positions, such as 'snapkv'"
             )
-        return next(iter(found.values()))
+        # A copy, since some keep what they were last asked for.
+        return copy.deepcopy(next(iter(found.values())))
