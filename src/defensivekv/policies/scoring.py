@@ -13,6 +13,7 @@ from defensivekv.errors import InvalidInputError
 from defensivekv.policies.observation import Observation
 from defensivekv.types import Importance
 
+_ALL = slice(None)
 _PART_ELEMENTS = 2**19
 """Importances that a scorer of many queries gives at a time, so that they stay in a CPU's cache."""
 
@@ -82,8 +83,7 @@ class WindowAttention:
         t, w = row.num_tokens, min(window_size, row.queries.shape[2])
         if w < min(window_size, t):
             raise InvalidInputError(f"{w} queries do not fill the observation window of {window_size}: pass as many")
-        weights = attention_weights(row, row.queries[0, :, -w:], row.keys[0], first=t - w)
-        yield Part(weights[..., : t - w])
+        yield Part(attention_weights(row, row.queries[0, :, -w:], row.keys[0], first=t - w, of=slice(t - w)))
 
 
 @dataclass(frozen=True)
@@ -138,22 +138,23 @@ class Reconstruction:
         if row.repeats is None:
             raise InvalidInputError("no repetition of the prompt was observed: read it with compress() or prefill()")
         start, stop = row.repeats
-        x, h, q = row.queries.shape[2], row.num_heads, row.queries.shape[1]
+        x, q = row.queries.shape[2], row.queries.shape[1]
         sinks = min(self.num_sinks, start)
         keys = torch.cat((row.keys[0, :, :sinks], row.keys[0, :, start:stop], row.keys[0, :, -x:]), dim=1)
         step = max(1, _PART_ELEMENTS // (q * keys.shape[1]))
         for first in range(0, x, step):
             queries = row.queries[0, :, first : first + step]
-            weights = attention_weights(row, queries, keys, first=sinks + stop - start + first)
-            yield Part(weights[..., sinks : sinks + stop - start].reshape(h, q // h, -1, stop - start), start)
+            of = slice(sinks, sinks + stop - start)
+            yield Part(attention_weights(row, queries, keys, first=of.stop + first, of=of), start)
 
 
 def attention_weights(
-    row: Observation, queries: Float[Tensor, "q x d"], keys: Float[Tensor, "h m d"], *, first: int
+    row: Observation, queries: Float[Tensor, "q x d"], keys: Float[Tensor, "h m d"], *, first: int, of: slice = _ALL
 ) -> Importance:
     """`softmax(q·kᵀ·scaling)` under the causal mask, (h, g, x, m) float32, rounded to the keys' dtype.
 
-    first: place among the keys of the first query's own. Softcap, sinks and scaling are those of `row`.
+    first: place among the keys of the first query's own. of: the keys whose weights are wanted, which all take part.
+    Softcap, sinks and scaling are those of `row`.
     """
     q, x, d = queries.shape
     h, m, _ = keys.shape
@@ -164,7 +165,7 @@ def attention_weights(
         logits = torch.tanh(logits / row.softcap) * row.softcap
     future = torch.ones(x, m - first, dtype=torch.bool, device=logits.device).triu(1)
     logits[..., first:].masked_fill_(future, float("-inf"))
-    return _softmax(logits, row.sinks).to(keys.dtype).float()
+    return _softmax(logits, row.sinks)[..., of].to(keys.dtype).float()
 
 
 def _softmax(logits: Float[Tensor, "h g x m"], sinks: Float[Tensor, " q"] | None) -> Float[Tensor, "h g x m"]:
