@@ -195,7 +195,10 @@ class ExpectedAttention:
     def __call__(self, row: Observation, window_size: int) -> Iterator[Part]:
         t, h = row.num_tokens, row.num_heads
         if row.rotary is None:
-            raise InvalidInputError("expected attention needs the model's rotary embedding: give Observation(rotary=)")
+            raise InvalidInputError(
+                "expected attention needs the model's rotary embedding, over positions in one dimension: use another "
+                "policy for this model, or give Observation(rotary=...)"
+            )
         if row.queries.shape[2] < t:
             raise InvalidInputError(f"{row.queries.shape[2]} queries of {t} tokens: pass those of the whole prompt")
         sinks = min(self.num_sinks, t - 1)

@@ -127,3 +127,21 @@ def test_a_model_that_rotates_in_its_own_way_is_refused_by_name(monkeypatch: pyt
     rotary = ModelRotary(model, attention, "full_attention", torch.arange(5)[None])
     with pytest.raises(dkv.UnsupportedModelError, match="LlamaAttention rotates its queries in a way of its own"):
         rotary.unrotate(torch.randn(2, 5, 16), torch.arange(5))
+
+
+@torch.no_grad()
+def test_positions_in_several_dimensions_have_no_rotation_and_h2o_asks_for_none() -> None:
+    model, ids = tiny_model("llama"), prompt(60)
+    dkv.enable(model)
+    attention = model.model.layers[0].self_attn
+    forward = attention.forward
+
+    def with_axes(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **(kwargs | {"position_ids": torch.arange(60).expand(3, 1, 60)}))
+
+    attention.forward = with_axes
+    cache = dkv.EvictingCache(model, "h2o", 0.5)
+    feed(model, cache, ids)
+    assert int(cache.lengths.sum()) == 3 * 2 * 30
+    with pytest.raises(dkv.InvalidInputError, match="positions in one dimension"):
+        feed(model, dkv.EvictingCache(model, "expected-attention", 0.5), ids)

@@ -136,6 +136,9 @@ class EvictingCache(Cache):
     def _with_rotary(self, pending: Pending, index: int) -> Pending:
         model = self._model()
         assert model is not None
+        if pending.positions is not None and pending.positions.dim() != 2:
+            # Positions in several dimensions, as of images, have no one rotation.
+            return pending
         b, t = pending.queries.shape[0], self.layers[index].store.seen
         positions = torch.arange(t, device=pending.queries.device)[None]
         if pending.positions is not None:
