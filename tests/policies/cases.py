@@ -10,6 +10,7 @@ from torch import Tensor
 
 import defensivekv as dkv
 from defensivekv import Observation, Policy
+from defensivekv.policies.aggregation import Aggregation
 from defensivekv.policies.scoring import Scorer
 
 HIDDEN = 12
@@ -113,6 +114,17 @@ class Turning:
 def importances(scorer: Scorer, row: Observation, window_size: int) -> Tensor:
     """Those of a scorer, of queries in parts put together again; of one that sees all entries at once."""
     return torch.cat([part.importance for part in scorer(row, window_size)], dim=2)
+
+
+def aggregate(aggregation: Aggregation, importance: Tensor) -> Tensor:
+    """The scores of queries that are all there at once, (h, g, w, n) to (h, n)."""
+    _, g, w, n = importance.shape
+    return aggregation.finish(aggregation.reduce(importance), torch.full((n,), g * w))
+
+
+def count_kept(kept: list[Tensor]) -> int:
+    """Entries kept, over all layers and heads."""
+    return sum(int(layer.sum()) for layer in kept)
 
 
 def padded(rows: list[Observation], valid: Tensor, junk: float) -> Observation:

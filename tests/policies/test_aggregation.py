@@ -5,9 +5,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from defensivekv import InvalidInputError
-from defensivekv.policies.aggregation import Aggregation, Defensive, Mean, aggregate
+from defensivekv.policies.aggregation import Aggregation, Defensive, Mean
 from tests.policies import oracle
-from tests.policies.cases import seeds
+from tests.policies.cases import aggregate, seeds
 
 
 @st.composite

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from defensivekv.policies.allocation import AcrossLayers, Allocation, Contender, PerHead, PerLayer, count_kept
+from defensivekv.policies.allocation import AcrossLayers, Allocation, Contender, PerHead, PerLayer
 from tests.policies import oracle
+from tests.policies.cases import count_kept
 
 SHARES = st.builds(Fraction, st.integers(0, 60), st.just(60)) | st.integers(0, 100).map(lambda p: Fraction(p, 100))
 SAFEGUARDS = st.sampled_from([Fraction(0), Fraction(1, 5), Fraction(1, 2), Fraction(1)])

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import defensivekv as dkv
-from defensivekv.policies.aggregation import MeanAndVariance, aggregate
+from defensivekv.policies.aggregation import MeanAndVariance
 from defensivekv.policies.allocation import ByPreference, Contender
 from defensivekv.policies.preference import DispersionAndShift
 from tests.policies import oracle
-from tests.policies.cases import Shape, observation, seeds, shapes
+from tests.policies.cases import Shape, aggregate, observation, seeds, shapes
 
 
 def _importance(layer: dkv.Observation) -> list[list[oracle.Matrix]]:

@@ -143,13 +143,6 @@ class MeanAndVariance:
         return _smooth(reduced, self.kernel_size)
 
 
-def aggregate(aggregation: Aggregation, importance: Importance) -> HeadScores:
-    """The scores of queries that are all there at once."""
-    _, g, w, n = importance.shape
-    counts = torch.full((n,), g * w, device=importance.device)
-    return aggregation.finish(aggregation.reduce(importance), counts)
-
-
 def _check_kernel_size(kernel_size: int) -> None:
     if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
         raise InvalidInputError(f"kernel_size {kernel_size!r} must be odd, so that the filter has a middle; 1: none")

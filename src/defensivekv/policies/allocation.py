@@ -288,8 +288,3 @@ def _proportional(preferences: list[float], total: int, most: int) -> list[int]:
         left -= most * len(full)
         open_layers = [layer for layer in open_layers if layer not in full]
     return counts
-
-
-def count_kept(kept: list[RowKept]) -> int:
-    """Entries kept, over all layers and heads."""
-    return int(torch.stack([layer.sum() for layer in kept]).sum())

@@ -91,6 +91,11 @@ class Policy:
             )
 
     @property
+    def reads_twice(self) -> bool:
+        """Whether the prompt must be read a second time, to hear it repeated, before anything can be decided."""
+        return self.scorer.sees == "reconstruction" and not self.budget.is_full
+
+    @property
     def num_staying(self) -> int:
         """Entries of a head that always stay: its window and its first tokens; 1 where nothing does."""
         return max(1, self.num_sinks + (self.window_size if self.scorer.has_window else 0))

@@ -150,8 +150,7 @@ class EvictingCache(Cache):
     @property
     def awaits_repeats(self) -> bool:
         """Whether the policy wants to hear the prompt repeated before it decides."""
-        wants = self.policy.scorer.sees == "reconstruction" and not self.policy.budget.is_full
-        return wants and self._is_reconstructing
+        return self._is_reconstructing and self.policy.reads_twice
 
     @contextmanager
     def reconstructing(self) -> Iterator[None]:

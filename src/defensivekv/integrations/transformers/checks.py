@@ -99,7 +99,7 @@ def _check_fits(layer: EvictedLayer, keys: Tensor, values: Tensor) -> None:
 
 def check_single_reading(policy: Policy) -> None:
     """Raises where a prompt that the policy wants to hear repeated is about to be read once."""
-    if policy.scorer.sees == "reconstruction" and not policy.budget.is_full:
+    if policy.reads_twice:
         raise InvalidInputError(
             f"policy {policy.name!r} has the prompt read twice, which generate() and a forward pass do not: read it "
             "with defensivekv.prefill(model, cache, input_ids, tokenizer=tokenizer), then call generate(), or use "

@@ -49,7 +49,7 @@ def prefill(
     scorer = cache.policy.scorer
     repeats: list[tuple[int, int, Tensor]] = []
     # What is kept whole needs no scores; a budget in entries or bytes shows its share once the prompt is known.
-    if isinstance(scorer, Reconstruction) and not cache.policy.budget.is_full:
+    if isinstance(scorer, Reconstruction) and cache.policy.reads_twice:
         _check_repeatable(model, input_ids, attention_mask, tokenizer)
         assert tokenizer is not None
         repeats = _repeats(input_ids, tokenizer, suffix, scorer.chunk_size)
