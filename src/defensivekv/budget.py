@@ -16,29 +16,33 @@ POSITION_BYTES = 4
 """Bytes that a stored entry takes beside its key and value: its position, an int32."""
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_FORMS = 'a share in (0, 1] such as 0.2, entries per head such as 1024, or bytes such as "64MiB"'
+_FORMS = 'a share in (0, 1] such as 0.2, entries per head such as 1024, bytes such as "64MiB", or "auto:0.99"'
+_ADAPTIVE_FORM = '"auto:MASS" or "auto:MASS,min=SHARE,max=SHARE", as in "auto:0.99,min=0.05,max=0.5"'
 
 
 @dataclass(frozen=True)
 class Budget:
     """What one sequence may keep of its prompt, over all evicted layers and heads.
 
-    kind: "share" of the prompt's entries; "entries" per head on average; or "bytes" per sequence,
-        keys, values and positions counted.
-    amount: the share, the count or the bytes.
+    kind: "share" of the prompt's entries; "entries" per head on average; "bytes" per sequence, keys, values and
+        positions counted; or "adaptive": as many entries as hold a share of the importance.
+    amount: the share, the count, the bytes, or the share of the importance.
+    least, most: between which shares of the prompt's entries an adaptive budget stays.
     """
 
-    kind: Literal["share", "entries", "bytes"]
+    kind: Literal["share", "entries", "bytes", "adaptive"]
     amount: Fraction
+    least: Fraction = Fraction(0)
+    most: Fraction = Fraction(1)
 
     @classmethod
     def parse(cls, value: "float | int | str | Fraction | Budget") -> Self:
-        """Reads a budget: `0.2`, `"20%"`, `1024`, `"64MiB"`. The integer 1 is the share 1.0.
+        """Reads a budget: `0.2`, `"20%"`, `1024`, `"64MiB"`, `"auto:0.99,max=0.5"`. The integer 1 is the share 1.0.
 
         Raises BudgetError for zero, negative, infinite or non-numeric budgets, and shares above one.
         """
         if isinstance(value, Budget):
-            return cls(value.kind, value.amount)
+            return cls(value.kind, value.amount, value.least, value.most)
         if isinstance(value, str):
             return cls._parse_text(value)
         if isinstance(value, bool) or not isinstance(value, int | float | Fraction):
@@ -61,6 +65,8 @@ class Budget:
 
     @classmethod
     def _parse_text(cls, text: str) -> Self:
+        if text.strip().lower().startswith("auto"):
+            return cls._parse_adaptive(text)
         if ratio := re.fullmatch(r"\s*([0-9]+)/0*([1-9][0-9]*)\s*", text):
             return cls.parse(Fraction(int(ratio[1]), int(ratio[2])))
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]{1,2})?)\s*(%|entries per head|[A-Za-z]*)\s*", text)
@@ -82,31 +88,63 @@ class Budget:
             raise BudgetError(f"budget {text!r} keeps nothing: give {_FORMS}")
         return cls("bytes", Fraction(amount))
 
+    @classmethod
+    def _parse_adaptive(cls, text: str) -> Self:
+        pattern = r"\s*auto:\s*([^,\s]+)\s*(?:,\s*min=([^,\s]+)\s*)?(?:,\s*max=([^,\s]+)\s*)?"
+        match = re.fullmatch(pattern, text, flags=re.IGNORECASE)
+        if match is None:
+            raise BudgetError(f"budget {text!r} is not understood: give {_ADAPTIVE_FORM}")
+        given = [None if part is None else cls.parse(part) for part in match.groups()]
+        if any(part is not None and part.kind != "share" for part in given):
+            raise BudgetError(f"budget {text!r} must have shares in (0, 1]: give {_ADAPTIVE_FORM}")
+        mass, least, most = (None if part is None else part.amount for part in given)
+        assert mass is not None
+        least, most = least or Fraction(0), most or Fraction(1)
+        if least > most:
+            raise BudgetError(f"budget {text!r} has a min above its max: give {_ADAPTIVE_FORM}")
+        return cls("adaptive", mass, least, most)
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the prompt itself decides how much is kept of it."""
+        return self.kind == "adaptive"
+
     @property
     def is_full(self) -> bool:
         """Whether everything is kept, whatever the prompt."""
         return self.kind == "share" and self.amount == 1
 
     def share(self, num_tokens: int, bytes_per_token: int) -> Fraction:
-        """The share of the prompt's entries to keep, at most 1.
+        """The share of the prompt's entries to keep, at most 1; of an adaptive budget, the most that it may come to.
 
         num_tokens: tokens of the prompt. bytes_per_token: what one token's entries take, over all heads
         of all layers that share this budget (see `entry_bytes`).
         """
         if self.kind == "share":
             return self.amount
+        if self.kind == "adaptive":
+            return self.most
         unit = 1 if self.kind == "entries" else bytes_per_token
         return min(Fraction(1), self.amount / (num_tokens * unit))
 
     def __str__(self) -> str:
         """As `parse` reads it back; no two budgets look the same."""
         if self.kind == "share":
-            text = "1" if self.amount == 1 else repr(float(self.amount))
-            return text if Budget.parse(text) == self else f"{self.amount.numerator}/{self.amount.denominator}"
+            return _share_text(self.amount)
+        if self.kind == "adaptive":
+            least = f",min={_share_text(self.least)}" if self.least else ""
+            most = f",max={_share_text(self.most)}" if self.most < 1 else ""
+            return f"auto:{_share_text(self.amount)}{least}{most}"
         if self.kind == "entries":
             return f"{int(self.amount)} entries per head"
         for_people = format_bytes(int(self.amount))
         return for_people if Budget.parse(for_people) == self else f"{int(self.amount)} B"
+
+
+def _share_text(share: Fraction) -> str:
+    text = "1" if share == 1 else repr(float(share))
+    exact = Fraction(float(text)).limit_denominator(10**9) == share
+    return text if exact else f"{share.numerator}/{share.denominator}"
 
 
 def entry_bytes(key_size: int, value_size: int, itemsize: int) -> int:

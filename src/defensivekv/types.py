@@ -3,6 +3,7 @@
 b  batch rows              h  key-value heads          g  query heads per key-value head
 q  query heads (h * g)     w  window queries           t  tokens of the prompt
 n  scored tokens (t less the protected window)         d  size of a query or key head
+m  slots of a head that entries stand in
 v  size of a value head    s  stored entries           x  query positions
 """
 
@@ -16,6 +17,7 @@ OutputProjection = Float[Tensor, "hidden qv"]
 
 Importance = Float[Tensor, "h g w n"]
 HeadScores = Float[Tensor, "h n"]
+SlotScores = Float[Tensor, "h m"]
 LayerScores = Float[Tensor, "b h t"]
 Kept = Bool[Tensor, "b h t"]
 

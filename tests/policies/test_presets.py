@@ -7,7 +7,7 @@ import torch
 
 import defensivekv as dkv
 from defensivekv.policies import Policy, summary
-from defensivekv.policies.aggregation import Mean
+from defensivekv.policies.aggregation import Mean, Places
 from defensivekv.policies.allocation import PerLayer
 from defensivekv.policies.profile import HeadProfile
 from defensivekv.policies.scoring import Part, WindowAttention
@@ -190,14 +190,14 @@ def test_an_aggregation_of_ones_own_is_three_functions() -> None:
         description = "median"
         needs: frozenset[str] = frozenset({"queries", "one part"})
 
-        def reduce(self, importance: Importance) -> HeadScores:
+        def reduce(self, importance: Importance, places: Places | None = None) -> HeadScores:
             scores: HeadScores = importance.flatten(1, 2).median(dim=1).values
             return scores
 
         def merge(self, first: HeadScores, second: HeadScores) -> HeadScores:
             raise AssertionError("of one part, there is nothing to merge")
 
-        def finish(self, reduced: HeadScores, counts: torch.Tensor) -> HeadScores:
+        def finish(self, reduced: HeadScores, counts: torch.Tensor, places: Places | None = None) -> HeadScores:
             return reduced
 
     policy = Policy("median", dkv.Budget.parse(0.25), WindowAttention(), PerLayer(), Median(), window_size=4)

@@ -5,12 +5,18 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from defensivekv import InvalidInputError
+from defensivekv import InvalidInputError, Observation
 from defensivekv.policies import weighting
-from defensivekv.policies.weighting import TwoStageCritical, TwoStageValueNorm, value_norms
+from defensivekv.policies.weighting import TwoStageCritical, TwoStageValueNorm, Weighting, value_norms
 from tests.policies import oracle
 from tests.policies.cases import HIDDEN, Shape, observation, seeds, shapes
+
+
+def _weighted(weighting: Weighting, scores: Tensor, means: Tensor, row: Observation, share: Fraction) -> Tensor:
+    return weighting(scores, means, weighting.measure(row), row.row_layout, share)
+
 
 SHARES = st.integers(1, 99).map(lambda percent: Fraction(percent, 100))
 
@@ -55,7 +61,7 @@ def test_two_stage_value_norm_equals_the_loops(shape: Shape, seed: int, share: F
     norms = oracle.value_norms(row.values[0], row.output_projection)
     expected, margin = oracle.two_stage_value_norm(scores.tolist(), means.tolist(), norms, share)
     assume(margin > 1e-5)  # nearer than that, rounding decides
-    weighted = TwoStageValueNorm()(scores, means, row, share)
+    weighted = _weighted(TwoStageValueNorm(), scores, means, row, share)
     torch.testing.assert_close(weighted, torch.tensor(expected), rtol=1e-4, atol=1e-7)
 
 
@@ -67,7 +73,7 @@ def test_two_stage_critical_equals_the_loops(shape: Shape, seed: int, share: Fra
     scores = torch.rand(shape.h, shape.t - shape.w, generator=torch.Generator().manual_seed(seed))
     norms = oracle.value_norms(row.values[0], row.output_projection)
     expected = torch.tensor(oracle.two_stage_critical(scores.tolist(), norms, share))
-    weighted = TwoStageCritical()(scores, scores, row, share)
+    weighted = _weighted(TwoStageCritical(), scores, scores, row, share)
     pinned = weighted == torch.finfo(weighted.dtype).max
     torch.testing.assert_close(weighted.masked_fill(pinned, float("inf")), expected, rtol=1e-4, atol=1e-7)
 
@@ -77,7 +83,7 @@ def test_no_more_is_pinned_than_the_budget_less_the_window() -> None:
     scores = torch.rand(2, 100, generator=torch.Generator().manual_seed(0))
     even = torch.full((2, 100), 0.008)  # 90 entries carry 90 % of the mass
     for share, pins in ((Fraction(1, 2), 46), (Fraction(1, 10), 6), (Fraction(4, 100), 0), (Fraction(1, 100), 0)):
-        weighted = TwoStageValueNorm()(scores, even, row, share)
+        weighted = _weighted(TwoStageValueNorm(), scores, even, row, share)
         top = weighted.max()
         assert all(abs(int(count) - pins) <= 1 for count in (weighted == top).sum(-1)), (share, pins)
 
@@ -87,6 +93,6 @@ def test_a_token_whose_values_are_all_zero_scores_zero_and_spoils_nothing() -> N
     row.values[:, :, 5] = 0.0
     scores = torch.ones(2, 18)
     means = torch.full((2, 18), 0.05)
-    weighted = TwoStageValueNorm()(scores, means, row, Fraction(1, 100))
+    weighted = _weighted(TwoStageValueNorm(), scores, means, row, Fraction(1, 100))
     assert weighted[:, 5].tolist() == [0.0, 0.0]
     assert bool(torch.isfinite(weighted).all())

@@ -4,7 +4,8 @@ prefix  ████████░░░ rows share it by index      tail  [b, 
               evicted and freed                        grows, is cropped, is reordered
 """
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -41,13 +42,15 @@ class PrefixView:
 class RaggedLayer:
     """Keys and values of one layer.
 
-    seen: tokens that went in, pads and evicted ones counted: the logical length.
+    seen: tokens that went in, pads and evicted ones counted: the logical length. reserve: tokens that a tail after the
+    first compaction has room for from the start, so that it need not grow.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, reserve: int = 0) -> None:
         self.view: PrefixView | None = None
         self.tail: Tail | None = None
         self.seen = 0
+        self.reserve = reserve
 
     @property
     def tail_length(self) -> int:
@@ -71,6 +74,8 @@ class RaggedLayer:
         self, keys: Float[Tensor, "b h x d"], values: Float[Tensor, "b h x v"]
     ) -> tuple[Float[Tensor, "b h t d"], Float[Tensor, "b h t v"]]:
         """Adds `x` tokens; gives the whole tail of `t`, as views."""
+        if self.tail is None and self.view is not None and keys.shape[2] <= self.reserve:
+            self.tail = Tail.empty(keys, values, self.reserve)
         if self.tail is None:
             self.tail = Tail.of(keys, values)
         else:
@@ -78,12 +83,84 @@ class RaggedLayer:
         self.seen += keys.shape[2]
         return self.tail.keys, self.tail.values
 
-    def compact(self, kept: Kept) -> None:
-        """Turns the tail into the prefix: what is not kept is freed. Once in a layer's life."""
-        if self.tail is None or self.view is not None:
-            raise CacheError("only a layer that holds a prompt and no prefix can be compacted")
-        self.view = PrefixView(RaggedPrefix.gather(self.tail.keys, self.tail.values, kept), tuple(range(kept.shape[0])))
+    @property
+    def num_slots(self) -> int:
+        """Entries of the longest head, with the tail."""
+        lengths = [] if self.view is None else [self.view.prefix.lengths[row] for row in self.view.rows]
+        return max((length for row in lengths for length in row), default=0) + self.tail_length
+
+    def compact(self, kept: Kept, facts: Float[Tensor, "b h t f"] | None = None) -> None:
+        """Makes what is kept of prefix and tail the prefix, and frees the rest. A shared prefix is left as it is.
+
+        kept: (b, h, num_slots); the last slots are the tail's, those before them the prefix's, each head's in the last
+        of them. facts: of all slots.
+        """
+        if self.tail is None and self.view is None:
+            raise CacheError("only a layer that holds tokens can be compacted")
+        if self.view is None:
+            assert self.tail is not None
+            prefix = RaggedPrefix.gather(self.tail.keys, self.tail.values, kept)
+            if facts is not None:
+                prefix = replace(prefix, facts=facts[kept])
+        else:
+            prefix = self._recompacted(self.view, kept, facts)
+        self.view = PrefixView(prefix, tuple(range(kept.shape[0])))
         self.tail = None
+
+    def _recompacted(self, view: PrefixView, kept: Kept, facts: Float[Tensor, "b h t f"] | None) -> RaggedPrefix:
+        slots, old = view.prefix.slots(view.rows), view.prefix
+        start = slots.shape[-1]
+        chosen = slots[kept[..., :start]]
+        is_old = (torch.arange(kept.shape[-1], device=kept.device) < start).expand(kept.shape)[kept]
+        from_tail = kept[..., start:]
+
+        def gathered(prefix: Tensor, tail: Tensor | None) -> Tensor:
+            if tail is None:
+                return prefix[chosen]
+            whole = prefix.new_empty(len(is_old), *prefix.shape[1:])
+            whole[is_old] = prefix[chosen]
+            whole[~is_old] = tail[from_tail]
+            return whole
+
+        tail, positions = self.tail, None
+        if tail is not None:
+            numbers = torch.arange(self.seen - tail.used, self.seen, dtype=torch.int32, device=kept.device)
+            positions = numbers.expand(from_tail.shape)
+        counts: list[list[int]] = kept.sum(-1).tolist()
+        return RaggedPrefix(
+            gathered(old.keys, None if tail is None else tail.keys),
+            gathered(old.values, None if tail is None else tail.values),
+            gathered(old.positions, positions),
+            tuple(tuple(row) for row in counts),
+            None if facts is None else facts[kept],
+        )
+
+    def forget_facts(self) -> None:
+        """Drops what was known of the entries: nothing will be decided of them any more."""
+        if self.view is not None and self.view.prefix.facts is not None:
+            self.view = PrefixView(self.view.prefix.without_facts(), self.view.rows)
+
+    def release_rows(self, rows: Collection[int] = ()) -> None:
+        """Frees what the prefix holds of these rows of the batch, which stay in it with nothing, and of rows of the
+        prefix that no row of the batch reads.
+        """
+        if self.view is None:
+            return
+        prefix = self.view.prefix
+        places: dict[int, int] = {}
+        lengths: list[tuple[int, ...]] = []
+        view_rows: list[int] = []
+        for number, source in enumerate(self.view.rows):
+            if number not in rows and source in places:
+                view_rows.append(places[source])
+                continue
+            view_rows.append(len(lengths))
+            if number not in rows:
+                places[source] = len(lengths)
+            lengths.append((0,) * len(prefix.lengths[source]) if number in rows else prefix.lengths[source])
+        if len(places) == len(prefix.lengths) and not rows:
+            return
+        self.view = PrefixView(replace(prefix.select_rows(tuple(places)), lengths=tuple(lengths)), tuple(view_rows))
 
     def crop(self, count: int) -> None:
         """Forgets the last `count` tokens. Raises CacheError where they reach into the prefix."""
@@ -106,7 +183,7 @@ class RaggedLayer:
 
     def fork(self) -> "RaggedLayer":
         """A layer that goes on by itself from here, sharing the prefix."""
-        twin = RaggedLayer()
+        twin = RaggedLayer(self.reserve)
         twin.view, twin.seen = self.view, self.seen
         twin.tail = None if self.tail is None else self.tail.clone()
         return twin

@@ -25,12 +25,14 @@ class RaggedPrefix:
 
     keys: (s, d).  values: (s, v).  positions: (s,) int32, ascending within a head.
     lengths: entries of each head of each row, lengths[row][head].
+    facts: (s, f) float32, what is known of the entries for later decisions; None: nothing. They are not read here.
     """
 
     keys: Float[Tensor, "s d"]
     values: Float[Tensor, "s v"]
     positions: Positions
     lengths: tuple[tuple[int, ...], ...]
+    facts: Float[Tensor, "s f"] | None = None
 
     @classmethod
     def gather(cls, keys: Keys, values: Values, kept: Kept) -> "RaggedPrefix":
@@ -38,6 +40,37 @@ class RaggedPrefix:
         counts: list[list[int]] = kept.sum(-1).tolist()
         positions = kept.nonzero()[:, -1].to(torch.int32)
         return cls(keys[kept], values[kept], positions, tuple(tuple(row) for row in counts))
+
+    def entries_of(self, rows: tuple[int, ...]) -> Int[Tensor, " n"]:
+        """Where the entries of these rows lie, one row after the other; rows may repeat."""
+        device = self.keys.device
+        if rows == tuple(range(len(self.lengths))):
+            return torch.arange(len(self.keys), device=device)
+        starts = [heads[0] if heads else 0 for heads in self.offsets]
+        sizes = [sum(heads) for heads in self.lengths]
+        parts = [torch.arange(starts[row], starts[row] + sizes[row], device=device) for row in rows]
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long, device=device)
+
+    def select_rows(self, rows: tuple[int, ...]) -> "RaggedPrefix":
+        """A copy that holds these rows alone."""
+        index = self.entries_of(rows)
+        lengths = tuple(self.lengths[row] for row in rows)
+        facts = None if self.facts is None else self.facts[index]
+        return RaggedPrefix(self.keys[index], self.values[index], self.positions[index], lengths, facts)
+
+    def slots(self, rows: tuple[int, ...]) -> Int[Tensor, "b h p"]:
+        """Numbers of the entries of these rows, those of each head in its last slots; -1 in slots that stay empty."""
+        entries, lengths = self.entries_of(rows), [self.lengths[row] for row in rows]
+        counts = torch.tensor(lengths, device=self.keys.device)
+        longest = max((length for row in lengths for length in row), default=0)
+        filled = torch.arange(longest, device=self.keys.device) >= longest - counts.unsqueeze(-1)
+        slots = entries.new_full(filled.shape, -1)
+        slots[filled] = entries
+        return slots
+
+    def without_facts(self) -> "RaggedPrefix":
+        """The same entries, of which nothing will be decided any more."""
+        return RaggedPrefix(self.keys, self.values, self.positions, self.lengths)
 
     @cached_property
     def offsets(self) -> tuple[tuple[int, ...], ...]:
@@ -67,5 +100,6 @@ class RaggedPrefix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys, values and positions."""
-        return self.keys.nbytes + self.values.nbytes + self.positions.nbytes
+        """Bytes of keys, values, positions and facts."""
+        facts = 0 if self.facts is None else self.facts.nbytes
+        return self.keys.nbytes + self.values.nbytes + self.positions.nbytes + facts

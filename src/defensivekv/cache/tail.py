@@ -25,6 +25,11 @@ class Tail:
     is_writable: bool = False
 
     @classmethod
+    def empty(cls, keys: Keys, values: Values, capacity: int) -> "Tail":
+        """Room for `capacity` tokens like these, and none held."""
+        return cls(_grown(keys[:, :, :0], capacity), _grown(values[:, :, :0], capacity), 0, is_writable=True)
+
+    @classmethod
     def of(cls, keys: Keys, values: Values) -> "Tail":
         """A tail that holds these tensors themselves, or copies where they are views of something larger."""
         return cls(_alone(keys), _alone(values), keys.shape[2])

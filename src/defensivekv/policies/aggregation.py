@@ -8,19 +8,25 @@ from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Int
 from torch import Tensor
 
 from defensivekv.errors import InvalidInputError
 from defensivekv.types import HeadScores, Importance
+
+Places = Int[Tensor, "h n"]
 
 _TINY = 1e-12
 
 
 @runtime_checkable
 class Aggregation(Protocol):
-    """(h, g, w, n) importances to (h, n) scores, head by head."""
+    """(h, g, w, n) importances to (h, n) scores, head by head.
 
-    def reduce(self, importance: Importance) -> HeadScores:
+    places: (h, n) the entries' positions, where some were evicted from among them; see `Layout`. None: 0 to n - 1.
+    """
+
+    def reduce(self, importance: Importance, places: Places | None = None) -> HeadScores:
         """Over the queries and query heads of one part."""
         ...
 
@@ -28,8 +34,10 @@ class Aggregation(Protocol):
         """Of two parts' queries together. Parts that saw nothing of an entry are zero there."""
         ...
 
-    def finish(self, reduced: HeadScores, counts: Tensor) -> HeadScores:
-        """The scores, once all queries are merged. counts: (n,) how many queries and query heads saw each entry."""
+    def finish(self, reduced: HeadScores, counts: Tensor, places: Places | None = None) -> HeadScores:
+        """The scores, once all queries are merged. counts: (n,) or (h, n) how many queries and query heads saw each
+        entry.
+        """
         ...
 
     @property
@@ -57,14 +65,14 @@ class Mean:
     def __post_init__(self) -> None:
         _check_kernel_size(self.kernel_size)
 
-    def reduce(self, importance: Importance) -> HeadScores:
+    def reduce(self, importance: Importance, places: Places | None = None) -> HeadScores:
         return importance.sum(dim=(1, 2))
 
     def merge(self, first: HeadScores, second: HeadScores) -> HeadScores:
         return first + second
 
-    def finish(self, reduced: HeadScores, counts: Tensor) -> HeadScores:
-        return _smooth(reduced / counts.clamp_min(1), self.kernel_size)
+    def finish(self, reduced: HeadScores, counts: Tensor, places: Places | None = None) -> HeadScores:
+        return _smooth(reduced / counts.clamp_min(1), self.kernel_size, places)
 
 
 @dataclass(frozen=True)
@@ -74,13 +82,13 @@ class Max:
     description = "worst case"
     needs: frozenset[str] = frozenset({"queries"})
 
-    def reduce(self, importance: Importance) -> HeadScores:
+    def reduce(self, importance: Importance, places: Places | None = None) -> HeadScores:
         return importance.amax(dim=(1, 2))
 
     def merge(self, first: HeadScores, second: HeadScores) -> HeadScores:
         return torch.maximum(first, second)
 
-    def finish(self, reduced: HeadScores, counts: Tensor) -> HeadScores:
+    def finish(self, reduced: HeadScores, counts: Tensor, places: Places | None = None) -> HeadScores:
         return reduced
 
 
@@ -101,16 +109,20 @@ class Defensive:
     def __post_init__(self) -> None:
         _check_kernel_size(self.kernel_size)
 
-    def reduce(self, importance: Importance) -> HeadScores:
-        smoothed = _smooth(importance, self.kernel_size)
+    def reduce(self, importance: Importance, places: Places | None = None) -> HeadScores:
+        smoothed = _smooth(importance, self.kernel_size, places)
         scale = importance.sum(-1, keepdim=True) / (smoothed.sum(-1, keepdim=True) + _TINY)
         return smoothed.mul_(scale).amax(dim=(1, 2))
 
     def merge(self, first: HeadScores, second: HeadScores) -> HeadScores:
         return torch.maximum(first, second)
 
-    def finish(self, reduced: HeadScores, counts: Tensor) -> HeadScores:
-        return reduced.clamp_min(reduced.mean(-1, keepdim=True))
+    def finish(self, reduced: HeadScores, counts: Tensor, places: Places | None = None) -> HeadScores:
+        if places is None:
+            return reduced.clamp_min(reduced.mean(-1, keepdim=True))
+        # Empty slots hold zeros.
+        held = (places >= 0).sum(-1, keepdim=True).clamp_min(1)
+        return reduced.clamp_min(reduced.sum(-1, keepdim=True) / held)
 
 
 @dataclass(frozen=True)
@@ -129,7 +141,7 @@ class MeanAndVariance:
     def __post_init__(self) -> None:
         _check_kernel_size(self.kernel_size)
 
-    def reduce(self, importance: Importance) -> HeadScores:
+    def reduce(self, importance: Importance, places: Places | None = None) -> HeadScores:
         indicator = importance.mean(2)
         if importance.shape[2] > 1:
             indicator = indicator + self.gamma * importance.var(2)
@@ -139,8 +151,8 @@ class MeanAndVariance:
         # Parts of one window overlap nowhere: the scorer gives all of its queries at once.
         return first + second
 
-    def finish(self, reduced: HeadScores, counts: Tensor) -> HeadScores:
-        return _smooth(reduced, self.kernel_size)
+    def finish(self, reduced: HeadScores, counts: Tensor, places: Places | None = None) -> HeadScores:
+        return _smooth(reduced, self.kernel_size, places)
 
 
 def _check_kernel_size(kernel_size: int) -> None:
@@ -148,14 +160,29 @@ def _check_kernel_size(kernel_size: int) -> None:
         raise InvalidInputError(f"kernel_size {kernel_size!r} must be odd, so that the filter has a middle; 1: none")
 
 
-def _smooth(values: HeadScores | Importance, kernel_size: int) -> HeadScores | Importance:
-    """Mean filter along the last dimension; a new tensor."""
+def _smooth(values: HeadScores | Importance, kernel_size: int, places: Places | None) -> HeadScores | Importance:
+    """Mean filter along the last dimension; a new tensor. Evicted neighbours count as zeros."""
     if kernel_size == 1 or values.shape[-1] == 0:
         return values.clone()
+    if places is not None:
+        return _smooth_by_place(values, kernel_size, places)
     # Shifted sums: every one of them is a vectorised pass, which avg_pool1d is not on a CPU.
     n = values.shape[-1]
     padded = F.pad(values, (kernel_size // 2, kernel_size // 2))
     total = padded[..., :n].clone()
     for shift in range(1, kernel_size):
         total += padded[..., shift : shift + n]
+    return total.div_(kernel_size)
+
+
+def _smooth_by_place(values: HeadScores | Importance, kernel_size: int, places: Places) -> HeadScores | Importance:
+    """An entry's neighbours are those of its head within half the filter's width of its position."""
+    reach, n = kernel_size // 2, values.shape[-1]
+    total = values.clone()
+    for shift in range(1, min(reach, n - 1) + 1):
+        near = places[:, shift:] - places[:, :-shift] <= reach
+        if values.dim() == 4:
+            near = near[:, None, None]
+        total[..., shift:] += values[..., :-shift] * near
+        total[..., :-shift] += values[..., shift:] * near
     return total.div_(kernel_size)

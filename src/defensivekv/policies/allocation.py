@@ -15,15 +15,16 @@ from defensivekv.policies.preference import Preference
 from defensivekv.policies.selection import keep_highest, keep_highest_per_head
 
 RowScores = Float[Tensor, "h t"]
-RowKept = Bool[Tensor, "h t"]
+RowKept = Bool[Tensor, "_ _"]
 
 
 @dataclass(frozen=True)
 class Contender:
     """One layer of one row, as it comes to the allocation.
 
-    scores: (h, t). index: of the layer among the `num_layers` evicted ones. preference: what the layer asks for
-    relative to others, where a `Preference` measured it. window: entries at the end that stay.
+    scores: (h, t); -inf in slots that hold no entry. index: of the layer among the `num_layers` evicted ones.
+    preference: what the layer asks for relative to others, where a `Preference` measured it. window: entries at the
+    end that stay. num_tokens: of the text, evicted ones counted; 0: as many as there are slots.
     """
 
     scores: RowScores
@@ -31,11 +32,21 @@ class Contender:
     num_layers: int = 1
     preference: float = 1.0
     window: int = 0
+    num_tokens: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the text, of which a share is kept."""
+        return self.num_tokens or int(self.scores.shape[-1])
 
 
 @runtime_checkable
 class Allocation(Protocol):
-    """Layers of one row, and the share to keep of them, to the kept sets."""
+    """Layers of one row, and the share to keep of them, to the kept sets.
+
+    An allocation that spans layers may be asked before it has seen all of them: it then keeps, of those that it has
+    seen, whatever it might keep in the end, and no more than the whole budget (by preference: an entry per head more).
+    """
 
     def __call__(self, layers: Sequence[Contender], share: Fraction) -> list[RowKept]: ...
 
@@ -70,7 +81,7 @@ class PerHead:
     needs: frozenset[str] = frozenset()
 
     def __call__(self, layers: Sequence[Contender], share: Fraction) -> list[RowKept]:
-        return [keep_highest_per_head(layer.scores, floor(layer.scores.shape[-1] * share)) for layer in layers]
+        return [keep_highest_per_head(layer.scores, floor(layer.tokens * share)) for layer in layers]
 
 
 @dataclass(frozen=True)
@@ -89,7 +100,7 @@ class PerLayer:
     def __call__(self, layers: Sequence[Contender], share: Fraction) -> list[RowKept]:
         kept = []
         for layer in layers:
-            h, t = layer.scores.shape
+            h, t = len(layer.scores), layer.tokens
             guarded = keep_highest_per_head(layer.scores, floor(floor(t * share) * self.safeguard))
             safe = layer.scores.masked_fill(guarded, float("inf"))
             kept.extend(keep_highest([safe], floor(t * share * h)))
@@ -106,8 +117,10 @@ class AcrossLayers:
     needs: frozenset[str] = frozenset({"levels"})
 
     def __call__(self, layers: Sequence[Contender], share: Fraction) -> list[RowKept]:
-        scores = [layer.scores for layer in layers]
-        return keep_highest(scores, floor(sum(layer.numel() for layer in scores) * share))
+        heads = [len(layer.scores) for layer in layers]
+        # Layers that are still to come have as many heads as the last one.
+        total = sum(heads) + heads[-1] * (layers[-1].num_layers - len(layers))
+        return keep_highest([layer.scores for layer in layers], floor(layers[-1].tokens * total * share))
 
 
 @dataclass(frozen=True)
@@ -136,11 +149,10 @@ class PerPosition:
     def __call__(self, layers: Sequence[Contender], share: Fraction) -> list[RowKept]:
         kept = []
         for layer in layers:
-            h, t = layer.scores.shape
             mean = layer.scores.mean(0)
             rank = mean if self.chunk_size == 1 else self._by_chunk(mean)
-            chosen = keep_highest([rank[None]], floor(t * share))[0]
-            kept.append(chosen.expand(h, t).clone())
+            chosen = keep_highest([rank[None]], floor(layer.tokens * share))[0]
+            kept.append(chosen.expand(layer.scores.shape).clone())
         return kept
 
     def _by_chunk(self, mean: Float[Tensor, " t"]) -> Float[Tensor, " t"]:
@@ -179,7 +191,7 @@ class Pyramid:
 
     def entries_per_head(self, layer: Contender, share: Fraction) -> int:
         """What each head of the layer keeps."""
-        t, last = layer.scores.shape[-1], layer.num_layers - 1
+        t, last = layer.tokens, layer.num_layers - 1
         mean = t * share
         low = mean / self.beta
         high = 2 * mean - low
@@ -209,9 +221,12 @@ class ByPreference:
     needs: frozenset[str] = frozenset({"queries", "masses", "one part"})
 
     def __call__(self, layers: Sequence[Contender], share: Fraction) -> list[RowKept]:
-        t, window = layers[0].scores.shape[-1], layers[0].window
-        total = floor(t * share * len(layers)) - window * len(layers)
+        t, window, num_layers = layers[0].tokens, layers[0].window, layers[0].num_layers
+        total = floor(t * share * num_layers) - window * num_layers
         counts = _proportional([layer.preference for layer in layers], total, t - window)
+        if len(layers) < num_layers:
+            # What a layer gets only falls as others come, but for the entry by which it is rounded.
+            counts = [min(count + 1, t - window) for count in counts]
         return [
             keep_highest_per_head(layer.scores, window + count) for layer, count in zip(layers, counts, strict=True)
         ]
@@ -238,7 +253,7 @@ class ByProfile:
     def __call__(self, layers: Sequence[Contender], share: Fraction) -> list[RowKept]:
         kept = []
         for layer in layers:
-            h, t = layer.scores.shape
+            h, t = len(layer.scores), layer.tokens
             if len(self.heads) != layer.num_layers or len(self.heads[layer.index]) != h:
                 raise InvalidInputError(
                     f"the profile has {len(self.heads)} layers of {len(self.heads[0])} heads, the model "
@@ -246,7 +261,8 @@ class ByProfile:
                 )
             counts = self._entries_per_head(layer.index, t, share)
             rank = layer.scores.argsort(-1, descending=True).argsort(-1)
-            kept.append(rank < torch.tensor(counts, device=rank.device)[:, None])
+            chosen = rank < torch.tensor(counts, device=rank.device)[:, None]
+            kept.append(chosen & (layer.scores > float("-inf")))
         return kept
 
     def _entries_per_head(self, index: int, t: int, share: Fraction) -> list[int]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from defensivekv.errors import InvalidInputError
 from defensivekv.policies.aggregation import Aggregation
+from defensivekv.policies.layout import Layout
 from defensivekv.policies.observation import Observation
 from defensivekv.policies.preference import Preference
 from defensivekv.policies.scoring import Part, Scorer
@@ -23,15 +24,20 @@ _HEAD_CHUNK_ELEMENTS_GPU = 2**26
 class Evidence:
     """Of one row.
 
-    reduced: (h, n) what the aggregation made of the importances so far. counts: (n,) queries and query heads that saw
-    each entry. sums: (h, n) of the importances; None where nobody asks. measured: (m,) of the layer's preference; None
-    where nobody asks.
+    reduced: (h, n) what the aggregation made of the importances so far. counts: (n,) or (h, n) queries and query heads
+    that saw each entry. sums: (h, n) of the importances; None where nobody asks. measured: (m,) of the layer's
+    preference; None where nobody asks.
     """
 
     reduced: HeadScores
-    counts: Int[Tensor, " n"]
+    counts: Int[Tensor, "*h n"] | Float[Tensor, "*h n"]
     sums: HeadScores | None
     measured: Float[Tensor, " m"] | None
+
+    @property
+    def num_scored(self) -> int:
+        """Slots that queries are asked about: all but the window's."""
+        return int(self.reduced.shape[-1])
 
     @property
     def means(self) -> HeadScores | None:
@@ -68,7 +74,7 @@ def observe(
         merged = None
         for part in scorer(heads, window_size):
             _check_part(part, heads, n, scorer)
-            one = _of_part(part, n, aggregation, preference, with_means)
+            one = _of_part(part, n, heads.layout, aggregation, preference, with_means)
             merged = one if merged is None else merged.merge(one, aggregation)
         if merged is None:
             raise InvalidInputError(f"{type(scorer).__name__} gave no importances")
@@ -83,10 +89,18 @@ def observe(
     )
 
 
-def _of_part(part: Part, n: int, aggregation: Aggregation, preference: Preference | None, with_means: bool) -> Evidence:
+def _of_part(
+    part: Part,
+    n: int,
+    layout: Layout | None,
+    aggregation: Aggregation,
+    preference: Preference | None,
+    with_means: bool,
+) -> Evidence:
     importance = part.importance
     _, g, w, m = importance.shape
-    reduced = aggregation.reduce(importance)
+    places = None if layout is None else layout.first_positions(part.start + m)
+    reduced = aggregation.reduce(importance, None if places is None else places[:, part.start :])
     sums = importance.sum(dim=(1, 2)) if with_means else None
     counts = torch.full((m,), g * w, device=importance.device)
     if m < n:

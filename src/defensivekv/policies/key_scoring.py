@@ -20,7 +20,7 @@ class KeyNorm:
     description = "small keys"
     sees = "nothing"
     has_window = False
-    gives = frozenset({"levels"})
+    gives = frozenset({"levels", "steps"})
 
     def __call__(self, row: Observation, window_size: int) -> Iterator[Part]:
         yield Part(-row.keys[0].float().norm(dim=-1)[:, None, None])
@@ -33,7 +33,7 @@ class KeyDifference:
     description = "keys unlike the others"
     sees = "nothing"
     has_window = False
-    gives = frozenset({"levels"})
+    gives = frozenset({"levels", "steps"})
 
     def __call__(self, row: Observation, window_size: int) -> Iterator[Part]:
         keys = row.keys[0].float()
@@ -56,7 +56,7 @@ class LagRelative:
     description = "deviation against the next partition"
     sees = "nothing"
     has_window = False
-    gives: frozenset[str] = frozenset()
+    gives = frozenset({"steps"})
 
     def __post_init__(self) -> None:
         if self.lag_size < 2:

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from defensivekv.errors import InvalidInputError
+from defensivekv.policies.layout import Layout
 from defensivekv.types import Keys, OutputProjection, Queries, Values
 
 
@@ -53,6 +54,8 @@ class Observation:
     rotary: for scorers that ask about positions to come; None: not known.
     repeats: (start, stop) where the queries are those of a second reading, which repeats these tokens of the prompt;
         keys and values then hold the `w` tokens of the repetition after those of the prompt. None: a prompt.
+    layout: where the entries of the only row stand, if entries were evicted before; the last `w` of them are the
+        queries' own. None: keys are those of the prompt's tokens, one after the other.
     """
 
     queries: Queries
@@ -65,6 +68,7 @@ class Observation:
     sinks: Float[Tensor, " q"] | None = None
     rotary: Rotary | None = None
     repeats: tuple[int, int] | None = None
+    layout: Layout | None = None
 
     def __post_init__(self) -> None:
         for name in ("queries", "keys", "values"):
@@ -96,6 +100,8 @@ class Observation:
             self.valid is not None or not 0 <= self.repeats[0] < self.repeats[1] <= self.num_tokens - w
         ):
             raise InvalidInputError(f"repeats {self.repeats} must lie in a prompt without pads before {w} queries")
+        if self.layout is not None and (b > 1 or self.valid is not None or self.layout.num_slots != self.num_tokens):
+            raise InvalidInputError("a layout is that of one row without pads, of as many slots as there are keys")
 
     @property
     def num_heads(self) -> int:
@@ -121,6 +127,11 @@ class Observation:
     def softmax_scaling(self) -> float:
         """`scaling`, or its default."""
         return float(self.queries.shape[-1]) ** -0.5 if self.scaling is None else self.scaling
+
+    @property
+    def row_layout(self) -> Layout:
+        """Where the entries of the only row stand."""
+        return Layout(self.num_prompt_tokens, self.num_prompt_tokens) if self.layout is None else self.layout
 
     def rows(self) -> Iterator["Observation"]:
         """Each row alone, without its pads and their queries. Views, but for rows with pads in their middle."""
@@ -153,9 +164,12 @@ class Observation:
 
     def heads(self, start: int, stop: int) -> "Observation":
         """The key-value heads `start` to `stop` with their query heads, as views. No output projection."""
-        g = self.num_groups
+        g, layout = self.num_groups, self.layout
+        if layout is not None and layout.positions is not None:
+            layout = replace(layout, positions=layout.positions[start:stop])
         return replace(
             self,
+            layout=layout,
             queries=self.queries[:, start * g : stop * g],
             keys=self.keys[:, start:stop],
             values=self.values[:, start:stop],

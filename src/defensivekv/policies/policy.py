@@ -6,7 +6,7 @@ from fractions import Fraction
 from math import ceil, floor
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from defensivekv.budget import Budget, entry_bytes
@@ -14,10 +14,11 @@ from defensivekv.errors import BudgetError, InvalidInputError
 from defensivekv.policies.aggregation import Aggregation, Mean
 from defensivekv.policies.allocation import Allocation, Contender
 from defensivekv.policies.evidence import Evidence, observe
+from defensivekv.policies.layout import Layout
 from defensivekv.policies.observation import Observation
 from defensivekv.policies.scoring import Scorer
 from defensivekv.policies.weighting import Weighting
-from defensivekv.types import Kept, LayerScores
+from defensivekv.types import HeadScores, Kept, LayerScores, SlotScores
 
 SHORT_PROMPT_WINDOWS = 8
 """A prompt shorter than this many times what always stays is kept whole where its budget is below that."""
@@ -30,18 +31,26 @@ _REASONS = {
 }
 
 
+LayerKept = Bool[Tensor, "b _ _"]
+"""As `Kept`, of a layer among others that may hold more or less."""
+
+
 @dataclass(frozen=True)
 class ScoredLayer:
     """One layer's entries, scored.
 
-    scores: (b, h, t) float32; the higher, the more worth keeping; pads score -inf, rows that are kept whole inf.
-    preferences: of each row. index: of the layer among the `num_layers` evicted ones.
+    scores: (b, h, t) float32; the higher, the more worth keeping; pads and slots without an entry score -inf, rows
+    that are kept whole inf. num_tokens: of each row's text, pads left out. preferences: of each row.
+    index: of the layer among the `num_layers` evicted ones. needed: of each row, entries that an adaptive budget asks
+    for, over the heads.
     """
 
     scores: LayerScores
+    num_tokens: tuple[int, ...]
     preferences: tuple[float, ...]
     index: int
     num_layers: int
+    needed: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,11 @@ class Policy:
         for part in (self.aggregation, self.weighting, self.allocation):
             if part is not None:
                 self._check_together(part)
+        if self.budget.is_adaptive and "masses" not in self.scorer.gives:
+            raise InvalidInputError(
+                f"budget {self.budget} asks for a share of the importance's mass, and {type(self.scorer).__name__} "
+                f"({self.scorer.description}) gives none: choose a fixed budget, or another policy"
+            )
         if self.budget.kind == "entries" and self.budget.amount < self.num_staying:
             raise BudgetError(
                 f"budget {self.budget} is below {self._staying}: give at least {self.num_staying}{self._smaller_window}"
@@ -94,6 +108,11 @@ class Policy:
     def reads_twice(self) -> bool:
         """Whether the prompt must be read a second time, to hear it repeated, before anything can be decided."""
         return self.scorer.sees == "reconstruction" and not self.budget.is_full
+
+    @property
+    def spans_layers(self) -> bool:
+        """Whether the decision on one layer waits for what all layers show."""
+        return self.allocation.spans_layers or self.budget.is_adaptive
 
     @property
     def num_staying(self) -> int:
@@ -165,44 +184,64 @@ class Policy:
         evidence: Sequence[Evidence] | None = None,
     ) -> ScoredLayer:
         given = [None] * len(shares) if evidence is None else evidence
-        scored = [
-            self._score_row(row, share, seen)
-            for row, share, seen in zip(observation.rows(), shares, given, strict=True)
-        ]
-        scores, preferences = [row for row, _ in scored], tuple(preference for _, preference in scored)
-        valid = observation.valid
+        rows = list(observation.rows())
+        scored = [self._score_row(row, share, seen) for row, share, seen in zip(rows, shares, given, strict=True)]
+        scores, valid = [row.scores for row in scored], observation.valid
         if valid is None:
-            return ScoredLayer(torch.stack(scores), preferences, index, num_layers)
-        b, h, t = observation.keys.shape[:3]
-        padded = scores[0].new_full((b, h, t), float("-inf"))
-        for row, row_scores in enumerate(scores):
-            padded[row][:, valid[row]] = row_scores
-        return ScoredLayer(padded, preferences, index, num_layers)
+            padded = torch.stack(scores)
+        else:
+            b, h, t = observation.keys.shape[:3]
+            padded = scores[0].new_full((b, h, t), float("-inf"))
+            for row, row_scores in enumerate(scores):
+                padded[row][:, valid[row]] = row_scores
+        return ScoredLayer(
+            padded,
+            tuple(row.num_prompt_tokens for row in rows),
+            tuple(row.preference for row in scored),
+            index,
+            num_layers,
+            tuple(row.needed for row in scored),
+        )
 
-    def keep(self, layers: Sequence[ScoredLayer], shares: list[Fraction]) -> list[Kept]:
-        """The kept sets, (b, h, t) for each layer.
+    def keep(self, layers: Sequence[ScoredLayer], shares: Sequence[Fraction]) -> list[LayerKept]:
+        """The kept sets, (b, h, t) for each layer; of layers that were evicted from before, in their own slots.
 
-        layers: every layer that competes, from `score`: one layer, or all of them where `allocation.spans_layers`.
-        shares: for each row, from `row_share`.
+        layers: every layer that competes, from `score`: one layer, or all of them where the policy `spans_layers`; of
+        fewer, whatever may stay in the end. shares: for each row, from `row_share` or `final_shares`.
         """
         kept = [torch.zeros_like(layer.scores, dtype=torch.bool) for layer in layers]
         for row, share in enumerate(shares):
-            valid = layers[0].scores[row, 0] > float("-inf")
-            whole = bool(valid.all())
-            rows = [layer.scores[row] if whole else layer.scores[row][:, valid] for layer in layers]
+            held = [(layer.scores[row] > float("-inf")).any(0) for layer in layers]
+            rows = [
+                layer.scores[row] if bool(slots.all()) else layer.scores[row][:, slots]
+                for layer, slots in zip(layers, held, strict=True)
+            ]
             if share >= 1:
-                row_kept = [torch.ones_like(scores, dtype=torch.bool) for scores in rows]
+                row_kept = [scores > float("-inf") for scores in rows]
             else:
                 row_kept = self.allocation(
-                    [
-                        Contender(scores, layer.index, layer.num_layers, layer.preferences[row], self._window)
-                        for scores, layer in zip(rows, layers, strict=True)
-                    ],
-                    share,
+                    [self._contender(*pair, row) for pair in zip(rows, layers, strict=True)], share
                 )
-            for layer_kept, mask in zip(kept, row_kept, strict=True):
-                layer_kept[row][:, valid] = mask
+            for layer_kept, slots, mask in zip(kept, held, row_kept, strict=True):
+                layer_kept[row][:, slots] = mask
         return kept
+
+    def _contender(self, scores: Float[Tensor, "h t"], layer: ScoredLayer, row: int) -> Contender:
+        tokens, preference = layer.num_tokens[row], layer.preferences[row]
+        return Contender(scores, layer.index, layer.num_layers, preference, self.num_window, tokens)
+
+    def final_shares(self, layers: Sequence[ScoredLayer], shares: Sequence[Fraction]) -> list[Fraction]:
+        """What each row keeps, once all layers are scored: as `row_share` said, or what an adaptive budget comes to."""
+        if not self.budget.is_adaptive:
+            return list(shares)
+        heads = sum(layer.scores.shape[1] for layer in layers)
+        final = []
+        for row, most in enumerate(shares):
+            entries = heads * layers[0].num_tokens[row]
+            asked = max(self.budget.least, Fraction(sum(layer.needed[row] for layer in layers), entries))
+            staying = Fraction(self.num_staying, layers[0].num_tokens[row])
+            final.append(min(most, max(asked, staying)))
+        return final
 
     def select(self, observations: list[Observation]) -> list[Kept]:
         """What to keep of a prompt: a bool tensor (b, h, t) for each layer's observation.
@@ -216,12 +255,13 @@ class Policy:
         shares = self._shares(observations[0], sum(bytes_per_token(observation) for observation in observations))
         count = len(observations)
         scored = [self._score(observation, shares, index, count) for index, observation in enumerate(observations)]
-        if self.allocation.spans_layers:
-            return self.keep(scored, shares)
+        if self.spans_layers:
+            return self.keep(scored, self.final_shares(scored, shares))
         return [self.keep([layer], shares)[0] for layer in scored]
 
     @property
-    def _window(self) -> int:
+    def num_window(self) -> int:
+        """Tokens at the end that are left unscored."""
         return self.window_size if self.scorer.has_window else 0
 
     def _shares(self, observation: Observation, size: int) -> list[Fraction]:
@@ -238,26 +278,63 @@ class Policy:
             with_means=self.weighting is not None,
         )
 
-    def _score_row(
-        self, row: Observation, share: Fraction, evidence: Evidence | None
-    ) -> tuple[Float[Tensor, "h t"], float]:
-        if share >= 1:
+    def _score_row(self, row: Observation, share: Fraction, evidence: Evidence | None) -> "_ScoredRow":
+        if share >= 1 and not self.budget.is_adaptive:
             row.check_finite()
-            return torch.full((row.num_heads, row.num_tokens), float("inf"), device=row.keys.device), 1.0
+            everything = torch.full((row.num_heads, row.num_tokens), float("inf"), device=row.keys.device)
+            return _ScoredRow(everything, 1.0, everything.numel())
         seen = self._observe(row) if evidence is None else evidence
-        scores = self.aggregation.finish(seen.reduced, seen.counts)
-        if self.weighting is not None and seen.means is not None:
-            scores = self.weighting(scores, seen.means, row, share)
-        if bool(torch.isnan(scores.sum())):
-            raise InvalidInputError("scores hold NaN: the window's attention or the value norms overflowed")
+        measured = None if self.weighting is None else self.weighting.measure(row)
+        scores = self.rate(seen, measured, row.row_layout, share)
         preference = self.allocation.preference
         asked = 1.0 if preference is None or seen.measured is None else preference.finish(seen.measured)
-        # -inf is kept for pads.
+        needed = 0
+        if self.budget.is_adaptive:
+            staying = row.num_heads * (row.num_prompt_tokens - seen.reduced.shape[-1])
+            needed = staying + entries_of_mass(seen.reduced, self.budget.amount)
+        return _ScoredRow(scores, asked, needed)
+
+    def rate(self, evidence: Evidence, measured: SlotScores | None, layout: Layout, share: Fraction) -> SlotScores:
+        """Scores of one row's slots, from what was seen of them: (h, m), -inf where a slot is empty.
+
+        measured: (h, m) what the weighting measured of every entry. share: of the text's entries to keep.
+        """
+        scores = self.aggregation.finish(evidence.reduced, evidence.counts, layout.first_positions(evidence.num_scored))
+        if self.weighting is not None and evidence.means is not None:
+            scores = self.weighting(scores, evidence.means, measured, layout, share)
+        if bool(torch.isnan(scores.sum())):
+            raise InvalidInputError("scores hold NaN: the window's attention or the value norms overflowed")
+        # -inf is kept for slots without an entry.
         scores = scores.clamp_min(torch.finfo(scores.dtype).min)
         top = float("inf") if self.protect_window else float(scores.max())
-        scores = torch.nn.functional.pad(scores, (0, row.num_prompt_tokens - scores.shape[-1]), value=top)
-        scores[:, : self.num_sinks] = top
-        return scores, asked
+        scores = torch.nn.functional.pad(scores, (0, layout.num_slots - scores.shape[-1]), value=top)
+        if layout.positions is None:
+            scores[:, : self.num_sinks] = top
+            return scores
+        return scores.masked_fill(layout.positions < self.num_sinks, top).masked_fill(
+            layout.positions < 0, float("-inf")
+        )
+
+
+@dataclass(frozen=True)
+class _ScoredRow:
+    """One row of a `ScoredLayer`."""
+
+    scores: Float[Tensor, "h t"]
+    preference: float
+    needed: int
+
+
+def entries_of_mass(importance: HeadScores, mass: Fraction) -> int:
+    """Entries that hold `mass` of the importance, (h, n) not negative: of each head the fewest that do, summed up."""
+    if importance.shape[-1] == 0:
+        return 0
+    ranked = importance.double().sort(dim=-1, descending=True).values
+    cumulative = ranked.cumsum(-1)
+    # A hair less, since sums are rounded; all entries hold all of it.
+    asked = cumulative[:, -1:] * (float(mass) - 1e-12)
+    counts = (cumulative < asked).sum(-1) + 1
+    return int(counts.clamp_max(importance.shape[-1]).sum())
 
 
 def bytes_per_token(observation: Observation) -> int:

@@ -63,7 +63,7 @@ def _h2o() -> Policy:
 
 def _tova() -> Policy:
     """Attention of the last token, averaged over the heads of a layer."""
-    parts = (WindowAttention(), PerPosition(), Mean(1))
+    parts = (WindowAttention(remembers=False), PerPosition(), Mean(1))
     return Policy("tova", _WHOLE, *parts, window_size=1, paper=_ARXIV + "2401.06104")
 
 

@@ -1,12 +1,11 @@
 """Importance: what one observed query says of one entry, where queries are looked at."""
 
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from defensivekv.errors import InvalidInputError
@@ -16,6 +15,9 @@ from defensivekv.types import Importance
 _ALL = slice(None)
 _PART_ELEMENTS = 2**19
 """Importances that a scorer of many queries gives at a time, so that they stay in a CPU's cache."""
+
+_SIGNS = 16
+"""Channels of a key that its random score hangs on."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ class Scorer(Protocol):
 
         "queries": several importances of an entry, one for each query or query head. "masses": they are attention
         weights or as these, not negative. "one part": all queries come together. "levels": they tell one head from
-        another, so that heads can compete.
+        another, so that heads can compete. "steps": it can be asked again as the text grows, of what is left.
+        "memory": what it said before counts on, beside what it says of later queries; without, the latest counts alone.
         """
         ...
 
@@ -72,12 +75,20 @@ class WindowAttention:
     `A = softmax(q·kᵀ·scaling)` for the last `window_size` queries under the causal mask, the softmax in
     float32, rounded to the model's dtype as the model's own attention would be; the window's own columns
     are cut off. Raises InvalidInputError for fewer queries than the window has.
+
+    remembers: whether earlier windows count on as the text grows.
     """
 
+    remembers: bool = True
     description = "attention of the last prompt tokens"
     sees = "window"
     has_window = True
-    gives = frozenset({"queries", "masses", "one part", "levels"})
+
+    @property
+    def gives(self) -> frozenset[str]:
+        """See `Scorer`."""
+        given = frozenset({"queries", "masses", "one part", "levels", "steps"})
+        return given | {"memory"} if self.remembers else given
 
     def __call__(self, row: Observation, window_size: int) -> Iterator[Part]:
         t, w = row.num_tokens, min(window_size, row.queries.shape[2])
@@ -98,15 +109,21 @@ class PromptAttention:
     description = "attention of all prompt tokens"
     sees = "prompt"
     has_window = False
-    gives = frozenset({"queries", "masses", "levels"})
+
+    @property
+    def gives(self) -> frozenset[str]:
+        """See `Scorer`."""
+        given = frozenset({"queries", "masses", "levels"})
+        return given if self.by_viewers else given | {"steps", "memory"}
 
     def __call__(self, row: Observation, window_size: int) -> Iterator[Part]:
-        t = row.num_tokens
-        if row.queries.shape[2] < t:
-            raise InvalidInputError(f"{row.queries.shape[2]} queries of {t} tokens: pass those of the whole prompt")
+        t, x = row.num_tokens, row.queries.shape[2]
+        if x < t and row.layout is None:
+            raise InvalidInputError(f"{x} queries of {t} tokens: pass those of the whole prompt")
         step = max(1, _PART_ELEMENTS // (row.queries.shape[1] * t))
-        for start in range(0, t, step):
-            weights = attention_weights(row, row.queries[0, :, start : start + step], row.keys[0], first=start)
+        for start in range(0, x, step):
+            queries = row.queries[0, :, start : start + step]
+            weights = attention_weights(row, queries, row.keys[0], first=t - x + start)
             if self.by_viewers:
                 weights = weights * (t / torch.arange(t, 0, -1, device=weights.device))
             yield Part(weights)
@@ -165,6 +182,8 @@ def attention_weights(
         logits = torch.tanh(logits / row.softcap) * row.softcap
     future = torch.ones(x, m - first, dtype=torch.bool, device=logits.device).triu(1)
     logits[..., first:].masked_fill_(future, float("-inf"))
+    if row.layout is not None and row.layout.absent is not None:
+        logits.masked_fill_(row.layout.absent[:, None, None], float("-inf"))
     return _softmax(logits, row.sinks)[..., of].to(keys.dtype).float()
 
 
@@ -224,31 +243,47 @@ class Recency:
     description = "last tokens"
     sees = "nothing"
     has_window = False
-    gives: frozenset[str] = frozenset()
+    gives = frozenset({"steps"})
 
     def __call__(self, row: Observation, window_size: int) -> Iterator[Part]:
         t = row.num_tokens
+        # Slots are in the order of the text.
         scores = torch.arange(t, dtype=torch.float32, device=row.keys.device) / t
         yield Part(scores.expand(row.num_heads, 1, 1, t))
 
 
 @dataclass(frozen=True)
 class UniformRandom:
-    """Independent random scores, the same for the same seed and shape: the floor of every comparison."""
+    """Independent random scores: the floor of every comparison.
+
+    An entry's score is drawn by its token's place and its key, so that a run repeats, that layers and prompts differ,
+    and that an entry keeps its score while others come and go. Of the key, by its signs, which a padded batch does not
+    round otherwise than a row alone.
+    """
 
     seed: int = 0
     description = "chance"
     sees = "nothing"
     has_window = True
-    gives = frozenset({"levels"})
+    gives = frozenset({"levels", "steps"})
 
     def __call__(self, row: Observation, window_size: int) -> Iterator[Part]:
-        w = min(window_size, row.num_tokens)
-        # The layer's content enters the seed, so that layers and prompts differ and a run repeats. By its signs, which
-        # a padded batch does not round otherwise than a row alone.
-        places = torch.linspace(0, row.num_tokens - 1, 8, device=row.keys.device).long()
-        signs = (row.keys[0, :, places] > 0).flatten().cpu().numpy().tobytes()
-        content = zlib.crc32(signs) % 2**31
-        generator = torch.Generator().manual_seed(self.seed * 2**31 + content)
-        scores = torch.rand(row.num_heads, 1, 1, row.num_tokens - w, generator=generator)
-        yield Part(scores.to(row.keys.device))
+        n = row.num_tokens - min(window_size, row.num_tokens)
+        h = row.num_heads
+        signs = row.keys[0, :, :n, :_SIGNS] > 0
+        places = None if row.layout is None else row.layout.first_positions(n)
+        if places is None:
+            places = torch.arange(n, device=row.keys.device).expand(h, n)
+        generator = torch.Generator().manual_seed(self.seed)
+        # 64-bit integers wrap around, which is what a hash wants.
+        factors = torch.randint(-(2**62), 2**62, (signs.shape[-1],), generator=generator).to(row.keys.device)
+        mixed = (signs * factors).sum(-1) + _mix(places.long() + 1)
+        uniform = (_mix(mixed) & (2**24 - 1)).float() / 2**24
+        yield Part(uniform[:, None, None])
+
+
+def _mix(bits: Int[Tensor, "h n"]) -> Int[Tensor, "h n"]:
+    """The finalizer of splitmix64 (Steele, Lea and Flood, 2014): every bit of the result hangs on every bit."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        bits = (bits ^ ((bits >> shift) & (2 ** (64 - shift) - 1))) * factor
+    return bits ^ ((bits >> 31) & (2**33 - 1))

@@ -11,21 +11,33 @@ from torch import Tensor
 
 from defensivekv.errors import InvalidInputError
 from defensivekv.policies.allocation import Contender, PerLayer
+from defensivekv.policies.layout import Layout
 from defensivekv.policies.observation import Observation
-from defensivekv.types import HeadScores
+from defensivekv.types import HeadScores, SlotScores
 
 
 @runtime_checkable
 class Weighting(Protocol):
-    """Scores of one row's entries, weighted.
+    """Scores of one row's entries, weighted by what is measured of each entry once."""
 
-    scores, mean_importance: (h, n). row: the observation (batch size 1, no pads). share: of the prompt's
-    entries to keep. Gives (h, n); entries that must stay score the layer's maximum.
-    """
+    def measure(self, row: Observation) -> SlotScores | None:
+        """Of the entries of one row (batch size 1, no pads), (h, t); None where nothing is."""
+        ...
 
     def __call__(
-        self, scores: HeadScores, mean_importance: HeadScores, row: Observation, share: Fraction
-    ) -> HeadScores: ...
+        self,
+        scores: HeadScores,
+        mean_importance: HeadScores,
+        measured: SlotScores | None,
+        layout: Layout,
+        share: Fraction,
+    ) -> HeadScores:
+        """The weighted scores, (h, n); entries that must stay score the layer's maximum.
+
+        scores, mean_importance: (h, n) of the first `n` slots; zero in empty ones. measured: (h, m) of all slots.
+        share: of the text's entries to keep.
+        """
+        ...
 
     @property
     def description(self) -> str:
@@ -58,19 +70,30 @@ class TwoStageValueNorm:
     needs: frozenset[str] = frozenset({"masses"})
     needs_projection = True
 
-    def __call__(
-        self, scores: HeadScores, mean_importance: HeadScores, row: Observation, share: Fraction
-    ) -> HeadScores:
-        n = scores.shape[-1]
-        norms = value_norms(row)[:, :n]
+    def measure(self, row: Observation) -> SlotScores:
+        """Value norms, divided for each token by their sum over heads."""
+        norms = value_norms(row)
         # A token whose values are all zero has no norm to divide by, and nothing to lose.
-        total = norms.sum(0, keepdim=True).clamp_min(torch.finfo(norms.dtype).tiny)
-        weighted = scores * (norms / total)
-        window = row.num_prompt_tokens - n
-        limit = max(0, floor(n * share - window))
+        return norms.div_(norms.sum(0, keepdim=True).clamp_min(torch.finfo(norms.dtype).tiny))
+
+    def __call__(
+        self,
+        scores: HeadScores,
+        mean_importance: HeadScores,
+        measured: SlotScores | None,
+        layout: Layout,
+        share: Fraction,
+    ) -> HeadScores:
+        assert measured is not None
+        n = scores.shape[-1]
+        window = layout.num_slots - n
+        weighted = scores * measured[:, :n]
+        limit = max(0, floor((layout.num_tokens - window) * share - window))
         bias = mean_importance[:, max(0, n - window) :].sum(-1).mean()
         ranked, order = mean_importance.sort(dim=-1, descending=True)
-        cumulative = (ranked / ranked.sum(-1, keepdim=True)).cumsum(-1)
+        # A head of which nothing was seen yet has no mass.
+        total = ranked.sum(-1, keepdim=True).clamp_min(torch.finfo(ranked.dtype).tiny)
+        cumulative = (ranked / total).cumsum(-1)
         counts = (cumulative < self.mass - bias).sum(-1, keepdim=True).clamp_max(limit)
         pinned = torch.zeros_like(weighted, dtype=torch.bool)
         pinned.scatter_(-1, order, torch.arange(n, device=scores.device) < counts)
@@ -96,19 +119,28 @@ class TwoStageCritical:
     needs: frozenset[str] = frozenset({"masses"})
     needs_projection = True
 
+    def measure(self, row: Observation) -> SlotScores:
+        """Value norms."""
+        return value_norms(row)
+
     def __call__(
-        self, scores: HeadScores, mean_importance: HeadScores, row: Observation, share: Fraction
+        self,
+        scores: HeadScores,
+        mean_importance: HeadScores,
+        measured: SlotScores | None,
+        layout: Layout,
+        share: Fraction,
     ) -> HeadScores:
+        assert measured is not None
         n = scores.shape[-1]
-        window = row.num_prompt_tokens - n
-        norms = value_norms(row)[:, :n]
-        weighted = (scores + self.epsilon) * norms
+        window = layout.num_slots - n
+        weighted = (scores + self.epsilon) * measured[:, :n]
         top = torch.finfo(weighted.dtype).max
         if self.head_budgets is None:
-            count = min(n, max(0, floor(row.num_prompt_tokens * share * self.first_stage) - window))
+            count = min(n, max(0, floor(layout.num_tokens * share * self.first_stage) - window))
             return weighted.scatter(-1, scores.topk(count, dim=-1).indices, top)
         padded = torch.nn.functional.pad(scores, (0, window), value=float("inf"))
-        budgets = self.head_budgets([Contender(padded)], share)[0].sum(-1)
+        budgets = self.head_budgets([Contender(padded, num_tokens=layout.num_tokens)], share)[0].sum(-1)
         for head, budget in enumerate(budgets.tolist()):
             first = max(0, floor(budget * self.first_stage) - window)
             weighted[head, scores[head].topk(first).indices] = top
@@ -125,11 +157,21 @@ class ValueSize:
     needs: frozenset[str] = frozenset({"masses"})
     needs_projection = False
 
+    def measure(self, row: Observation) -> SlotScores:
+        """Sizes of the values."""
+        size: SlotScores = row.values[0].float().norm(dim=-1)
+        return size
+
     def __call__(
-        self, scores: HeadScores, mean_importance: HeadScores, row: Observation, share: Fraction
+        self,
+        scores: HeadScores,
+        mean_importance: HeadScores,
+        measured: SlotScores | None,
+        layout: Layout,
+        share: Fraction,
     ) -> HeadScores:
-        size: HeadScores = row.values[0, :, : scores.shape[-1]].float().norm(dim=-1)
-        return (scores + self.epsilon) * size
+        assert measured is not None
+        return (scores + self.epsilon) * measured[:, : scores.shape[-1]]
 
 
 @dataclass(frozen=True)
@@ -141,11 +183,19 @@ class RecentFirst:
     needs: frozenset[str] = frozenset()
     needs_projection = False
 
+    def measure(self, row: Observation) -> None:
+        """Nothing."""
+
     def __call__(
-        self, scores: HeadScores, mean_importance: HeadScores, row: Observation, share: Fraction
+        self,
+        scores: HeadScores,
+        mean_importance: HeadScores,
+        measured: SlotScores | None,
+        layout: Layout,
+        share: Fraction,
     ) -> HeadScores:
         n = scores.shape[-1]
-        latest = floor(row.num_prompt_tokens * share * self.part) - (row.num_prompt_tokens - n)
+        latest = floor(layout.num_tokens * share * self.part) - (layout.num_slots - n)
         recent = torch.arange(n, device=scores.device) >= n - latest
         return scores.masked_fill(recent, torch.finfo(scores.dtype).max)
 

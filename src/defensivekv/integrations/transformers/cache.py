@@ -2,7 +2,7 @@
 
 import copy
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -13,14 +13,30 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from defensivekv.budget import Budget
+from defensivekv.budget import POSITION_BYTES, Budget, entry_bytes
 from defensivekv.errors import CacheError, InvalidInputError
-from defensivekv.integrations.transformers.checks import check_forward, check_model, check_single_reading, check_tokens
-from defensivekv.integrations.transformers.decision import Pending, PromptDecision
+from defensivekv.integrations.transformers.bound import LayerSizes, bound_of, parse_bytes
+from defensivekv.integrations.transformers.checks import (
+    announced_prompt,
+    check_forward,
+    check_model,
+    check_single_reading,
+    check_tokens,
+)
+from defensivekv.integrations.transformers.decision import PromptDecision
 from defensivekv.integrations.transformers.layer import EvictedLayer, LayerHandoff
-from defensivekv.integrations.transformers.model import check_supported, max_positions, plan_layers, text_config
+from defensivekv.integrations.transformers.model import (
+    check_supported,
+    max_positions,
+    num_query_heads,
+    plan_layers,
+    text_config,
+)
+from defensivekv.integrations.transformers.pending import Pending, QueryLog
 from defensivekv.integrations.transformers.report import CacheReport, LayerReport
 from defensivekv.integrations.transformers.rotary import ModelRotary
+from defensivekv.integrations.transformers.stepping import Stepping
+from defensivekv.integrations.transformers.texts import Texts
 from defensivekv.policies import Policy
 from defensivekv.policies import policy as make_policy
 
@@ -32,8 +48,15 @@ class EvictingCache(Cache):
     policy keeps are copied into a compact prefix and the rest is freed (after the last layer, where the policy
     lets layers compete). What comes later, further turns and generated tokens, is kept whole.
 
+    A budget in bytes, and the bounds below, hold for the whole life of a sequence: as tokens are generated, blocks of
+    entries are evicted, old and new by one rule; see `defensivekv.policies.steps`. Between two forward passes no more
+    is held; within one, what its own tokens bring to each layer comes on top until the layers are decided on.
+
     model: the model that will use the cache, enabled with `enable`. policy: a policy, or a name with
-    `budget=...` and the other options of `defensivekv.policy`.
+    `budget=...` and the other options of `defensivekv.policy`; under a bound, the budget of the prompt may be left out.
+    max_entries: of each sequence, prompt and generated tokens, per head on average.
+    max_batch_bytes: of all sequences of the batch together: bytes, or a text such as "1GiB".
+    interval: tokens between two steps of eviction under a bound; 128, or an eighth of the bound, where not given.
 
     Raises UnsupportedModelError, BudgetError, UnknownPolicyError or InvalidInputError at once; CacheError when
     used with another model, or after `disable`. For inference only: gradients do not flow through it.
@@ -44,6 +67,10 @@ class EvictingCache(Cache):
         model: PreTrainedModel,
         policy: Policy | str,
         budget: float | int | str | Budget | None = None,
+        *,
+        max_entries: int | None = None,
+        max_batch_bytes: int | str | None = None,
+        interval: int | None = None,
         **options: Any,
     ) -> None:
         if isinstance(policy, Policy):
@@ -51,7 +78,9 @@ class EvictingCache(Cache):
                 raise InvalidInputError("the policy has its budget and options already: pass a name to set them here")
             self.policy = policy
         else:
-            self.policy = make_policy(policy, budget, **options)
+            is_bounded = max_entries is not None or max_batch_bytes is not None
+            self.policy = make_policy(policy, 1.0 if budget is None and is_bounded else budget, **options)
+        bound = bound_of(self.policy, max_entries, parse_bytes("max_batch_bytes", max_batch_bytes), interval)
         check_supported(model)
         self._config = text_config(model)
         self._plans = plan_layers(self._config)
@@ -66,11 +95,39 @@ class EvictingCache(Cache):
         self._is_reconstructing = False
         self._drafting_from = 0
         self._decision = PromptDecision(self.policy, self.evicted_layers)
+        self._bound = bound
+        self.stepping = self._new_stepping()
+        """Eviction in steps, where the cache is bounded or its prompt comes in chunks; None: of the prompt, once."""
         super().__init__(layers=self._new_layers())
 
     def _new_layers(self) -> list[Any]:
         stock = DynamicCache(config=self._config).layers
         return [EvictedLayer(self, index) if plan.evicted else stock[index] for index, plan in enumerate(self._plans)]
+
+    def _new_stepping(self) -> Stepping | None:
+        if self._bound is None:
+            return None
+        return Stepping(self._bound.stepper.policy, self.evicted_layers, self._bound)
+
+    @property
+    def _texts(self) -> Texts:
+        return self._decision.texts if self.stepping is None else self.stepping.texts
+
+    def expect(self, num_tokens: int) -> None:
+        """Says how long the prompt will be, pads counted, so that it may come in several forward passes.
+
+        Each of them is then a chunk of it: all chunks' queries observe, and what may stay is the budget of the whole
+        prompt. `generate(prefill_chunk_size=...)` need not say so. Raises CacheError for a cache that holds something,
+        and InvalidInputError for policies that want the whole prompt at once.
+        """
+        if isinstance(num_tokens, bool) or not isinstance(num_tokens, int) or num_tokens < 1:
+            raise InvalidInputError(f"num_tokens {num_tokens!r} must be a positive integer")
+        if self.get_seq_length():
+            raise CacheError("the cache holds a prompt already: make a new one, or call reset()")
+        if self.stepping is None and not self.policy.budget.is_full:
+            self.stepping = Stepping(self.policy, self.evicted_layers, None)
+        if self.stepping is not None:
+            self.stepping.expected = num_tokens
 
     @property
     def _evicted(self) -> list[EvictedLayer]:
@@ -90,13 +147,34 @@ class EvictingCache(Cache):
             )
         if layer.pending is not None and self.repeats is None:
             raise CacheError("a prompt waits for its drafts to be verified: call crop() before going on")
-        if layer.index == self.evicted_layers[0]:
-            if self.repeats is not None:
-                return
-            check_forward(self._evicted, keys, values, self.policy, self._max_tokens, self._drafting_from)
-            self._drafting_from = 0
-            if not layer.store.seen and not self._is_reconstructing:
-                check_single_reading(self.policy)
+        if layer.index == self.evicted_layers[0] and self.repeats is None:
+            self._check_pass(layer, keys, values)
+        if self._bound is not None and self.stepping is not None:
+            limits = self.stepping.limits(keys.shape[0])
+            layer.store.reserve = 0 if limits is None else limits.interval
+
+    def _check_pass(self, layer: EvictedLayer, keys: Tensor, values: Tensor) -> None:
+        """What is checked of a forward pass when it arrives at the first of the evicted layers."""
+        b, h, x, d = keys.shape
+        check_forward(self._evicted, keys, values, self._max_tokens, self._drafting_from)
+        self._drafting_from = 0
+        seen = layer.store.seen
+        if not seen and not self._is_reconstructing:
+            check_single_reading(self.policy)
+            if (self.stepping is None or self.stepping.expected is None) and not self.policy.budget.is_full:
+                whole = announced_prompt(x)
+                if whole is not None:
+                    self.expect(whole)
+        if self.stepping is not None and self._bound is None and not seen and x == self.stepping.expected:
+            self.stepping = None
+        if self.stepping is None:
+            if layer.awaits_prompt and x > 1:
+                size = h * entry_bytes(d, values.shape[3], keys.element_size())
+                self.policy.row_share(x, size * len(self.evicted_layers))
+            return
+        queries = num_query_heads(self._config) * d * keys.element_size()
+        token = (d + values.shape[3]) * keys.element_size()
+        self.stepping.check(LayerSizes(len(self.evicted_layers), h, token, queries), seen, x, b)
 
     def check_module(self, module: nn.Module) -> None:
         """Raises CacheError where `module` is not a part of the model that this cache was made for."""
@@ -106,16 +184,19 @@ class EvictingCache(Cache):
                 "make an EvictingCache for each model"
             )
 
-    def check_hidden(self, layer: EvictedLayer, hidden: Tensor, rows: tuple[int, ...]) -> None:
+    def check_hidden(self, layer: EvictedLayer, hidden: Tensor) -> None:
         """Raises InvalidInputError where a later turn's mask hides tokens of the prompt that were not its pads.
 
-        hidden: (b, t) of the prompt's tokens, pads counted. rows: of the prompt, for each row of the batch.
+        hidden: (b, t) of the tokens before the tail, pads counted.
         """
         if layer.index != self.evicted_layers[0]:
             return
-        valid = self._decision.valid
-        seen = torch.ones_like(hidden) if valid is None else valid[list(rows)].to(hidden.device)
-        if hidden.shape != seen.shape or bool((hidden & seen).any()):
+        valid = self._texts.valid
+        visible = torch.ones_like(hidden)
+        if valid is not None:
+            known = min(valid.shape[1], hidden.shape[1])
+            visible[:, :known] = valid[:, :known].to(hidden.device)
+        if bool((hidden & visible).any()):
             raise InvalidInputError(
                 "the attention mask hides tokens of the prompt that it did not hide when the prompt was read, and an "
                 "evicted cache cannot leave them out any more: pass the prompt's own mask, with ones for what followed"
@@ -132,6 +213,18 @@ class EvictingCache(Cache):
         observation = pending.observation(tail.keys, tail.values, self.policy)
         for index, kept in self._decision.add(layer.index, observation, pending.evidence).items():
             self.layers[index].store.compact(kept)
+
+    def step(self, layer: EvictedLayer, pending: Pending, log: QueryLog) -> None:
+        """Lets the layer's queries be heard, and evicts where that is decided."""
+        stepping = self.stepping
+        assert stepping is not None
+        for index, stays in stepping.step(layer.index, layer.store, log, pending).items():
+            self.layers[index].store.compact(stays.kept, stays.facts)
+        if layer.index == self.evicted_layers[-1] and not stepping.listens(layer.store.seen):
+            # The prompt is read, and nothing will be evicted any more.
+            for evicted in self._evicted:
+                evicted.store.forget_facts()
+                evicted.log = None
 
     def _with_rotary(self, pending: Pending, index: int) -> Pending:
         model = self._model()
@@ -187,6 +280,11 @@ class EvictingCache(Cache):
                 f"cannot crop {count} tokens: only the last {shortest} came after the eviction; "
                 "make a new cache, or fork this one before going on"
             )
+        if self.stepping is not None and count and not all(layer.can_forget(count) for layer in self._evicted):
+            raise CacheError(
+                f"cannot crop {count} tokens: the queries before them, which the next eviction listens to, are gone; call "
+                "activate_past_recording() before the forward pass whose tokens may be taken back, or fork the cache"
+            )
         if any(_has_forgotten(layer) for layer in self.layers):
             raise CacheError(
                 "cannot crop: sliding-window and linear layers have forgotten what came before; call "
@@ -202,10 +300,48 @@ class EvictingCache(Cache):
         self._drafting_from = self.get_seq_length()
         super().activate_past_recording()
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Makes the batch the rows of `beam_idx`; prefixes are shared, not copied."""
+        super().reorder_cache(beam_idx)
+        self._select_texts(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the rows of `indices` (numbers or a mask), and frees the memory of the others."""
+        super().batch_select_indices(indices)
+        self._select_texts(indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row; the repeats share its prefix."""
+        rows = self._evicted[0].batch_size
+        super().batch_repeat_interleave(repeats)
+        if rows > 0:
+            self._select_texts(torch.arange(rows).repeat_interleave(repeats))
+
+    def _select_texts(self, index: Tensor) -> None:
+        if self.stepping is not None:
+            self.stepping.texts = self.stepping.texts.select_rows(index.tolist())
+        self._decision.texts = self._decision.texts.select_rows(index.tolist())
+
+    def release(self, rows: Sequence[int]) -> None:
+        """Frees what is held of rows that are finished. They stay in the batch, whose tokens they still get.
+
+        What they hold of the tokens since the last eviction, all rows have room for together, and goes with the next
+        one; without a bound, with the cache. Their further output means nothing. Under `max_batch_bytes`, the other
+        rows may hold more from now on.
+        """
+        count = self._evicted[0].batch_size
+        if any(not 0 <= row < count for row in rows):
+            raise InvalidInputError(f"rows {list(rows)} are not all rows of a batch of {max(0, count)}")
+        for layer in self._evicted:
+            layer.store.release_rows(rows)
+        if self.stepping is not None:
+            texts = self.stepping.texts
+            self.stepping.texts = replace(texts, released=texts.released | set(rows))
+
     def reset(self) -> None:
         """Forgets everything; the cache can take a new prompt."""
         self.outstanding, self.repeats, self._drafting_from = None, None, 0
-        self._decision = PromptDecision(self.policy, self.evicted_layers)
+        self._decision, self.stepping = PromptDecision(self.policy, self.evicted_layers), self._new_stepping()
         # New layers, because what a stock layer's own reset leaves behind differs between releases.
         self.layers = self._new_layers()
 
@@ -213,10 +349,12 @@ class EvictingCache(Cache):
 
     def fork(self) -> "EvictingCache":
         """A cache that goes on by itself from here. The prefix is shared, what came after it is copied."""
-        if any(layer.pending is not None for layer in self._evicted) or self._decision.is_underway:
+        is_underway = self._decision.is_underway or (self.stepping is not None and self.stepping.is_underway)
+        if is_underway or any(layer.pending is not None for layer in self._evicted):
             raise CacheError("the cache cannot be forked in the middle of a forward pass")
         twin = copy.copy(self)
         twin._decision = self._decision.fork()
+        twin.stepping = None if self.stepping is None else self.stepping.fork()
         twin.outstanding = None
         twin.layers = []
         for index, layer in enumerate(self.layers):
@@ -224,6 +362,7 @@ class EvictingCache(Cache):
                 forked = EvictedLayer(twin, index)
                 forked.store = layer.store.fork()
                 forked.awaits_prompt, forked.is_initialized = layer.awaits_prompt, layer.is_initialized
+                forked.log = None if layer.log is None else layer.log.fork()
                 twin.layers.append(forked)
             else:
                 twin.layers.append(copy.deepcopy(layer))
@@ -266,17 +405,24 @@ class EvictingCache(Cache):
                 view = layer.store.view
                 lengths = tuple(view.prefix.lengths[row] for row in view.rows)
             layers.append(LayerReport(index, plan.kind, plan.evicted, bool(lengths), lengths, _layer_bytes(layer)))
-        decision, first = self._decision, self._evicted[0].store.view
-        rows = tuple(range(len(decision.rows))) if first is None else first.rows
-        tokens = tuple(decision.rows[row] for row in rows)
+        texts = self._texts
         return CacheReport(
             policy=self.policy.name,
             budget=str(self.policy.budget),
+            bound="" if self._bound is None else str(self._bound),
             layers=tuple(layers),
-            prompt_tokens=tokens,
-            kept_whole=tuple(decision.shares[row] >= 1 for row in rows),
-            full_bytes=decision.bytes_per_token * sum(tokens),
+            prompt_tokens=texts.tokens,
+            shares=tuple(float(share) for share in texts.shares),
+            full_bytes=self._token_bytes * sum(texts.tokens),
         )
+
+    @property
+    def _token_bytes(self) -> int:
+        """What one token's entries take in all evicted layers."""
+        if self.stepping is None or self.stepping.sizes is None:
+            return self._decision.bytes_per_token
+        sizes = self.stepping.sizes
+        return sizes.num_layers * sizes.num_heads * (sizes.token_bytes + POSITION_BYTES)
 
 
 def _has_forgotten(layer: Any) -> bool:
@@ -292,7 +438,7 @@ def _has_forgotten(layer: Any) -> bool:
 
 def _layer_bytes(layer: Any) -> int:
     if isinstance(layer, EvictedLayer):
-        return layer.store.nbytes
+        return layer.nbytes
     states = [getattr(layer, name, None) for name in ("keys", "values", "indexer_keys")]
     for name in ("conv_states", "recurrent_states"):
         held = getattr(layer, name, None)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from defensivekv.budget import entry_bytes
 from defensivekv.errors import CacheError, DefensiveKVWarning, InvalidInputError
 from defensivekv.integrations.transformers.layer import EvictedLayer
 from defensivekv.integrations.transformers.model import is_enabled
@@ -27,12 +26,7 @@ def check_model(model: PreTrainedModel | None) -> None:
 
 
 def check_forward(
-    layers: Sequence[EvictedLayer],
-    keys: Tensor,
-    values: Tensor,
-    policy: Policy,
-    max_tokens: int | None,
-    drafting_from: int,
+    layers: Sequence[EvictedLayer], keys: Tensor, values: Tensor, max_tokens: int | None, drafting_from: int
 ) -> None:
     """Raises for what a forward pass brings, when it arrives at the first of the evicted layers.
 
@@ -40,8 +34,12 @@ def check_forward(
     tokens that were stored when assisted decoding started; 0 where it did not since the last forward pass.
     """
     first, x = layers[0], int(keys.shape[2])
-    seen = first.store.seen
-    if any(layer.store.seen != seen or (seen and layer.store.view is None) for layer in layers):
+    seen, stepping = first.store.seen, first.owner.stepping
+    is_broken = any(layer.store.seen != seen or layer.store.tail_length != first.store.tail_length for layer in layers)
+    is_undecided = (
+        stepping.is_underway if stepping is not None else seen and any(not layer.store.view for layer in layers)
+    )
+    if is_broken or is_undecided:
         raise CacheError("an earlier forward pass through this cache broke off: call reset(), or make a new cache")
     _check_fits(first, keys, values)
     if drafting_from and x > drafting_from:
@@ -56,23 +54,20 @@ def check_forward(
             f"{seen + x} tokens exceed the model's maximum of {max_tokens} positions: shorten the prompt"
         )
     if first.awaits_prompt:
-        if not policy.budget.is_full:
-            _check_chunks(x)
-        size = keys.shape[1] * entry_bytes(keys.shape[3], values.shape[3], keys.element_size())
-        policy.row_share(x, size * len(layers))
-    elif x == seen + 1:
+        return
+    if x == seen + 1:
         warnings.warn(
             f"{x} tokens follow {seen}: if they are the whole text again, as generate(use_cache=False) passes it, then "
             "the model reads it twice; leave use_cache as it is",
             DefensiveKVWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
-    elif first.store.tail_length == 0 and x == seen and not policy.budget.is_full:
+    elif first.store.tail_length == 0 and x == seen and stepping is None and not first.owner.policy.budget.is_full:
         warnings.warn(
             f"{x} tokens follow a prompt of {x} tokens: if both are chunks of one prompt, then only the first has been "
-            "evicted from; pass the prompt to the model whole",
+            "evicted from; call expect() on the cache with the whole prompt's length before the first one",
             DefensiveKVWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -113,10 +108,11 @@ def check_tokens(num_tokens: int) -> None:
         raise InvalidInputError("the prompt has no tokens: pass at least one")
 
 
-def _check_chunks(num_tokens: int) -> None:
-    """Raises where `generate(prefill_chunk_size=...)` is about to pass a part of the prompt as if it were all.
+def announced_prompt(num_tokens: int) -> int | None:
+    """Tokens of the prompt of which `generate(prefill_chunk_size=...)` is about to pass the first `num_tokens`.
 
-    A chunk looks like a prompt, and nothing that a cache is told gives it away: only the caller knows.
+    None: nothing says that there are more. A chunk looks like a prompt, and nothing that a cache is given tells them
+    apart: only the caller knows, and is asked.
     """
     frame = sys._getframe(1)
     while frame.f_back is not None:
@@ -126,8 +122,6 @@ def _check_chunks(num_tokens: int) -> None:
         chunk_size = getattr(frame.f_locals.get("generation_config"), "prefill_chunk_size", None)
         prompt = frame.f_locals.get("input_ids")
         if chunk_size is not None and isinstance(prompt, Tensor) and prompt.shape[1] > num_tokens:
-            raise InvalidInputError(
-                f"prefill_chunk_size={chunk_size} would show the policy the first {num_tokens} of {prompt.shape[1]} "
-                "prompt tokens only: leave it out, or use budget=1.0"
-            )
-        return
+            return int(prompt.shape[1])
+        return None
+    return None

@@ -10,11 +10,12 @@ from transformers.cache_utils import CacheLayerMixin
 from defensivekv.cache import PrefixView, RaggedLayer
 from defensivekv.errors import CacheError
 from defensivekv.integrations.transformers.attention import tag
-from defensivekv.integrations.transformers.decision import Pending
+from defensivekv.integrations.transformers.pending import Pending, QueryLog
 from defensivekv.types import Keys, Values
 
 if TYPE_CHECKING:
     from defensivekv.integrations.transformers.cache import EvictingCache
+    from defensivekv.integrations.transformers.stepping import Stepping
 
 
 class LayerHandoff:
@@ -34,7 +35,7 @@ class LayerHandoff:
     def check_hidden(self, hidden: Tensor) -> None:
         """Raises InvalidInputError where the mask hides tokens of the prompt that were not its pads."""
         if self.view is not None:
-            self.layer.owner.check_hidden(self.layer, hidden, self.view.rows)
+            self.layer.owner.check_hidden(self.layer, hidden)
 
     def observe(
         self,
@@ -50,7 +51,7 @@ class LayerHandoff:
         if self._is_observed:
             return
         self._is_observed = True
-        if self.layer.awaits_prompt or self.layer.owner.repeats is not None:
+        if self.layer.listens:
             valid = None if visible is None else visible[:, 0, -1].expand(queries.shape[0], -1)
             self.layer.observe(Pending(module, queries, valid, scaling, softcap, sinks, positions))
 
@@ -74,6 +75,7 @@ class EvictedLayer(CacheLayerMixin):
         self.record_past = False
         self.awaits_prompt = True
         self.pending: Pending | None = None
+        self.log: QueryLog | None = None
 
     @property
     def owner(self) -> "EvictingCache":
@@ -97,8 +99,19 @@ class EvictedLayer(CacheLayerMixin):
         self.owner.outstanding = handoff
         return tag(keys, handoff), tag(values, handoff)
 
+    @property
+    def listens(self) -> bool:
+        """Whether the queries of the forward pass that goes on are of interest."""
+        owner = self.owner
+        return self.awaits_prompt or owner.repeats is not None or (owner.stepping is not None and self.log is not None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is stored, and of the queries that wait for the next step."""
+        return self.store.nbytes + (0 if self.log is None else self.log.nbytes)
+
     def observe(self, pending: Pending) -> None:
-        """Takes the prompt's queries; decides now, or in `crop` while past states are recorded.
+        """Takes the queries of a prompt or of a step; decides now, or in `crop` while past states are recorded.
 
         Of a policy that has the prompt repeated, it decides after the repetition, whose queries come here too.
         """
@@ -106,6 +119,9 @@ class EvictedLayer(CacheLayerMixin):
             self._observe_repeat(pending, self.owner.repeats)
             return
         self.awaits_prompt = False
+        if self.owner.stepping is not None:
+            self._log(pending, self.owner.stepping)
+            return
         if self.owner.awaits_repeats:
             self.pending = pending.without_queries()
             return
@@ -114,6 +130,22 @@ class EvictedLayer(CacheLayerMixin):
             return
         self.pending = pending
         self.owner.decide(self)
+
+    def _log(self, pending: Pending, stepping: "Stepping") -> None:
+        if self.log is None:
+            self.log = stepping.new_log()
+        x = pending.queries.shape[2]
+        valid = None if pending.valid is None else pending.valid[:, -x:]
+        self.log.add(pending.queries, valid, revocable=self.record_past)
+        if self.record_past:
+            self.pending = pending.without_queries()
+        else:
+            self._step(pending, stepping)
+
+    def _step(self, pending: Pending, stepping: "Stepping") -> None:
+        tail = self.store.tail_length
+        if self.log is not None and stepping.is_due(self.store.seen - tail, tail, self.batch_size):
+            self.owner.step(self, pending, self.log)
 
     def _observe_repeat(self, heard: Pending, repeats: tuple[int, int]) -> None:
         pending, tail = self.pending, self.store.tail
@@ -142,33 +174,54 @@ class EvictedLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last `-tokens_to_remove` tokens, then decides on a prompt that was waiting for this."""
-        count = abs(tokens_to_remove)
+        count, stepping = abs(tokens_to_remove), self.owner.stepping
         pending = None if self.pending is None else self.pending.without_last(count)
         self.store.crop(count)
-        if pending is not None:
+        if self.log is not None:
+            self.log.drop_last(count)
+        if pending is None:
+            return
+        if stepping is not None:
+            self.pending = None
+            self._step(pending, stepping)
+        else:
             self.pending = pending
             self.owner.decide(self)
+
+    def can_forget(self, count: int) -> bool:
+        """Whether the queries that are left without those of the last `count` tokens are as many as a step wants."""
+        log = self.log
+        if log is None or log.wanted is None:
+            return True
+        return log.available - count >= min(log.wanted, self.store.seen - count)
 
     def reset(self) -> None:
         """Forgets everything."""
         self.store = RaggedLayer()
         self.pending, self.awaits_prompt, self.record_past, self.is_initialized = None, True, False, False
+        self.log = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Makes the batch the rows of `beam_idx`; prefixes are shared, not copied."""
         self._check_decided("reordered")
-        self.store.select_rows(beam_idx)
+        self._select_rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the rows of `indices` (numbers or a mask)."""
+        """Keeps the rows of `indices` (numbers or a mask); what no row of them reads is freed."""
         self._check_decided("reordered")
-        self.store.select_rows(indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices)
+        self._select_rows(indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices)
+        self.store.release_rows()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row; the repeats share its prefix."""
         self._check_decided("repeated")
         if self.store.seen:
-            self.store.select_rows(torch.arange(self.batch_size).repeat_interleave(repeats))
+            self._select_rows(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def _select_rows(self, index: Tensor) -> None:
+        self.store.select_rows(index)
+        if self.log is not None:
+            self.log = self.log.select_rows(index)
 
     @property
     def batch_size(self) -> int:

@@ -81,6 +81,11 @@ def max_positions(model: PreTrainedModel) -> int | None:
     return max(stretched)
 
 
+def num_query_heads(config: PreTrainedConfig) -> int:
+    """Query heads of a layer. config: of the text decoder."""
+    return int(config.num_attention_heads)
+
+
 def has_dynamic_rotation(model: PreTrainedModel) -> bool:
     """Whether rotary frequencies change with the longest position that was asked for (dynamic NTK), for good."""
     kinds = (getattr(module, "rope_type", None) for module in model.modules())

@@ -43,16 +43,24 @@ class LayerReport:
 class CacheReport:
     """A cache at one moment.
 
-    prompt_tokens: tokens of each prompt, pads left out. kept_whole: which prompts were not evicted from.
+    bound: what may be held at any moment; empty without one.
+    prompt_tokens: tokens of each prompt, pads left out; under a bound, of all text up to the last eviction.
+    shares: of its entries that each of them may keep: the budget, or what an adaptive one came to.
     full_bytes: what the prompts' entries of the evicted layers would take if all were kept.
     """
 
     policy: str
     budget: str
+    bound: str
     layers: tuple[LayerReport, ...]
     prompt_tokens: tuple[int, ...]
-    kept_whole: tuple[bool, ...]
+    shares: tuple[float, ...]
     full_bytes: int
+
+    @property
+    def kept_whole(self) -> tuple[bool, ...]:
+        """Which prompts were not evicted from."""
+        return tuple(share >= 1 for share in self.shares)
 
     @property
     def entries_kept(self) -> int:
@@ -86,12 +94,15 @@ class CacheReport:
 
     def __str__(self) -> str:
         held, full = format_bytes(self.evicted_nbytes), format_bytes(self.full_bytes)
+        budget = self.budget + (f", at most {self.bound}" if self.bound else "")
         lines = [
-            f"policy {self.policy}, budget {self.budget}: kept {self.entries_kept} of {self.entries_seen} entries "
+            f"policy {self.policy}, budget {budget}: kept {self.entries_kept} of {self.entries_seen} entries "
             f"({self.achieved:.2%}), {held} held, prompt in full {full}"
         ]
         if others := self.nbytes - self.evicted_nbytes:
             lines.append(f"{format_bytes(others)} more in layers that are not evicted")
+        if self.budget.startswith("auto"):
+            lines.append("chosen for each prompt: " + ", ".join(f"{share:.2%}" for share in self.shares))
         whole = sum(self.kept_whole)
         if whole:
             lines.append(f"{whole} of {len(self.kept_whole)} prompts kept whole")

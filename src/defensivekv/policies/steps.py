@@ -1,0 +1,146 @@
+"""One step of eviction as a text grows: new queries are heard, old and new entries compete by one rule.
+
+The same step serves the chunks of a prefill and blocks of generated tokens. Worst cases are maxima and means are sums
+over counts, so that what was seen of an entry is a few numbers beside it, and new queries add to them:
+
+    facts   reduced   what the aggregation made of all importances so far     where the scorer remembers
+            counts    queries and query heads that saw the entry
+            sums      of the importances                                      where values are weighted
+            measured  what the weighting measured of the entry, once          where it measures
+"""
+
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from defensivekv.errors import InvalidInputError
+from defensivekv.policies.evidence import Evidence, observe
+from defensivekv.policies.layout import Layout
+from defensivekv.policies.observation import Observation
+from defensivekv.policies.policy import Policy
+from defensivekv.types import SlotScores
+
+Facts = Float[Tensor, "h m f"]
+
+NUM_SINKS = 4
+"""First tokens that stay in a text without end, whatever the method says (StreamingLLM, arXiv 2309.17453)."""
+
+
+def check_evicts_in_steps(policy: Policy) -> None:
+    """Raises InvalidInputError, with the reason, for a policy that can only decide on a whole prompt at once."""
+    if "steps" not in policy.scorer.gives:
+        reason = f"{type(policy.scorer).__name__} ({policy.scorer.description}) wants the whole prompt"
+    elif "one part" in policy.aggregation.needs | policy.allocation.needs:
+        part = policy.aggregation if "one part" in policy.aggregation.needs else policy.allocation
+        reason = f"{type(part).__name__} ({part.description}) needs all queries at once"
+    elif not policy.protect_window:
+        reason = "parity mode (protect_window=False) is the authors' decision on a whole prompt"
+    elif policy.budget.is_adaptive:
+        reason = f"budget {policy.budget} is found once the whole prompt was seen"
+    else:
+        return
+    raise InvalidInputError(
+        f"policy {policy.name!r} cannot evict in steps, as chunked prefill and a bound on the whole sequence do: "
+        f"{reason}; read the prompt at once, without max_entries and with a budget that is a share or a count, or use "
+        "another policy, such as 'layer-defensivekv'"
+    )
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """A policy, as it decides step by step. Of one row of one layer, as all of `policies`."""
+
+    policy: Policy
+
+    @property
+    def remembers(self) -> bool:
+        """Whether what earlier queries said counts on."""
+        return "memory" in self.policy.scorer.gives
+
+    @property
+    def num_facts(self) -> int:
+        """Numbers, of four bytes, beside each entry."""
+        weighted = self.policy.weighting is not None
+        return (2 + weighted if self.remembers else 0) + weighted
+
+    @property
+    def num_protected(self) -> int:
+        """Latest tokens that stay."""
+        return self.policy.window_size
+
+    def num_queries(self, interval: int) -> int:
+        """Of the latest queries, how many a step wants that comes after `interval` tokens."""
+        return {"nothing": 1, "window": self.policy.window_size}.get(self.policy.scorer.sees, interval)
+
+    def arrive(self, tokens: Observation, queries_before: int) -> Facts:
+        """Facts of entries that are new: nothing is heard yet.
+
+        tokens: keys and values of the new tokens alone, one row. queries_before: of the text, before them.
+        """
+        tokens.check_finite()
+        h, x = tokens.num_heads, tokens.num_tokens
+        facts = tokens.keys.new_zeros(h, x, self.num_facts, dtype=torch.float32)
+        if self.remembers and self.policy.scorer.sees == "prompt":
+            # Attention that is summed up from the start of the text: what came before an entry paid it none.
+            facts[..., 1] = queries_before * tokens.num_groups
+        if self.policy.weighting is not None:
+            measured = self.policy.weighting.measure(tokens)
+            if measured is not None:
+                facts[..., -1] = measured
+        return facts
+
+    def hear(self, heads: Observation, facts: Facts) -> Evidence:
+        """What is known of the entries of some heads, once the observation's queries were heard too.
+
+        heads: one row; its layout tells how its keys stand. facts: of the same slots.
+        """
+        policy = self.policy
+        heard = observe(
+            heads,
+            policy.window_size,
+            scorer=policy.scorer,
+            aggregation=policy.aggregation,
+            preference=None,
+            with_means=policy.weighting is not None,
+        )
+        counts = heard.counts.expand_as(heard.reduced).float()
+        if not self.remembers:
+            return replace(heard, counts=counts)
+        before = facts[:, : heard.num_scored]
+        sums = None if heard.sums is None else before[..., 2]
+        return replace(heard, counts=counts).merge(
+            Evidence(before[..., 0], before[..., 1], sums, None), policy.aggregation
+        )
+
+    def record(self, evidence: Evidence, facts: Facts) -> None:
+        """Writes the evidence into the facts."""
+        if not self.remembers:
+            return
+        scored = facts[:, : evidence.num_scored]
+        scored[..., 0], scored[..., 1] = evidence.reduced, evidence.counts
+        if evidence.sums is not None:
+            scored[..., 2] = evidence.sums
+
+    def rate(self, evidence: Evidence, facts: Facts, layout: Layout, share: Fraction) -> SlotScores:
+        """Scores of all slots: (h, m), -inf where one is empty. share: of the text's tokens."""
+        measured = facts[..., -1] if self.policy.weighting is not None else None
+        scores = self.policy.rate(evidence, measured, layout, share)
+        latest = max(0, layout.num_slots - self.num_protected)
+        scores[:, latest:] = float("inf")
+        if layout.absent is not None:
+            scores.masked_fill_(layout.absent, float("-inf"))
+        return scores
+
+
+def merged(parts: list[Evidence]) -> Evidence:
+    """Evidence of some heads after the other, as of all heads."""
+    sums = [part.sums for part in parts if part.sums is not None]
+    return Evidence(
+        torch.cat([part.reduced for part in parts]),
+        torch.cat([part.counts for part in parts]),
+        torch.cat(sums) if sums else None,
+        None,
+    )
