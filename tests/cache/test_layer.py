@@ -24,6 +24,7 @@ class World:
         self.seen = 0
         self.prefix_size = [[0] * HEADS for _ in entries]
         """Entries of each head that lie in the prefix."""
+        self.has_facts = False
 
     @property
     def tail_size(self) -> int:
@@ -32,6 +33,7 @@ class World:
     def fork(self) -> "World":
         twin = World(self.layer.fork(), [[list(head) for head in row] for row in self.entries])
         twin.seen, twin.prefix_size = self.seen, [list(row) for row in self.prefix_size]
+        twin.has_facts = self.has_facts
         return twin
 
 
@@ -45,9 +47,9 @@ class RaggedStore(RuleBasedStateMachine):
         """Tensors that were handed in, and what they were then."""
         self.next_number = 0.0
 
-    @initialize(rows=st.integers(1, 3), count=st.integers(1, 12))
-    def prompt(self, rows: int, count: int) -> None:
-        world = World(RaggedLayer(), [[[] for _ in range(HEADS)] for _ in range(rows)])
+    @initialize(rows=st.integers(1, 3), count=st.integers(1, 12), reserve=st.sampled_from([0, 5, 20]))
+    def prompt(self, rows: int, count: int, reserve: int) -> None:
+        world = World(RaggedLayer(reserve), [[[] for _ in range(HEADS)] for _ in range(rows)])
         self.worlds = [world]
         self._append(world, count)
 
@@ -73,20 +75,49 @@ class RaggedStore(RuleBasedStateMachine):
     def append(self, data: st.DataObject, count: int) -> None:
         self._append(self._pick(data), count)
 
-    @rule(data=st.data(), seed=st.integers(0, 2**31 - 1), share=st.sampled_from([0.0, 0.3, 1.0]))
-    def compact(self, data: st.DataObject, seed: int, share: float) -> None:
+    @rule(
+        data=st.data(),
+        seed=st.integers(0, 2**31 - 1),
+        share=st.sampled_from([0.0, 0.3, 1.0]),
+        with_facts=st.booleans(),
+    )
+    def compact(self, data: st.DataObject, seed: int, share: float, with_facts: bool) -> None:
         world = self._pick(data)
-        size = (len(world.entries), HEADS, world.tail_size)
+        tail, slots = world.tail_size, world.layer.num_slots
+        assert slots == max(len(head) for row in world.entries for head in row)
+        size = (len(world.entries), HEADS, slots)
         kept = torch.rand(size, generator=torch.Generator().manual_seed(seed)) < share
-        if world.layer.view is not None or world.layer.tail is None:
-            with pytest.raises(CacheError, match="compacted"):
-                world.layer.compact(kept)
-            return
-        world.layer.compact(kept)
+        facts = torch.zeros(*size, 1)
         for row, heads in enumerate(world.entries):
             for head, entries in enumerate(heads):
-                heads[head] = [entry for entry, stays in zip(entries, kept[row, head].tolist(), strict=True) if stays]
+                kept[row, head, : slots - len(entries)] = False
+                facts[row, head, slots - len(entries) :, 0] = torch.tensor([number for _, number in entries])
+                stays = kept[row, head, slots - len(entries) :].tolist()
+                heads[head] = [entry for entry, stay in zip(entries, stays, strict=True) if stay]
                 world.prefix_size[row][head] = len(heads[head])
+        world.layer.compact(kept, facts if with_facts else None)
+        world.has_facts = with_facts or (world.has_facts and not tail)
+        assert world.layer.tail is None
+
+    @rule(data=st.data())
+    def forget_facts(self, data: st.DataObject) -> None:
+        world = self._pick(data)
+        world.layer.forget_facts()
+        world.has_facts = False
+
+    @rule(data=st.data())
+    def release_rows(self, data: st.DataObject) -> None:
+        world = self._pick(data)
+        rows = data.draw(st.sets(st.integers(0, len(world.entries) - 1)), label="released")
+        world.layer.release_rows(rows)
+        view = world.layer.view
+        if view is None:
+            return
+        assert set(view.rows) == set(range(len(view.prefix.lengths))), "every row that is held is read"
+        for row in rows:
+            for head, entries in enumerate(world.entries[row]):
+                del entries[: world.prefix_size[row][head]]
+                world.prefix_size[row][head] = 0
 
     @rule(data=st.data(), count=st.integers(0, 12))
     def crop(self, data: st.DataObject, count: int) -> None:
@@ -123,6 +154,7 @@ class RaggedStore(RuleBasedStateMachine):
             layer = world.layer
             assert layer.seen == world.seen
             assert layer.tail_length == world.tail_size
+            assert world.has_facts == (layer.view is not None and layer.view.prefix.facts is not None)
             for row, heads in enumerate(world.entries):
                 for head, entries in enumerate(heads):
                     assert _read(layer, row, head) == entries
@@ -138,6 +170,7 @@ class RaggedStore(RuleBasedStateMachine):
             if layer.view is not None:
                 prefix = layer.view.prefix
                 held += [prefix.keys, prefix.values, prefix.positions]
+                held += [] if prefix.facts is None else [prefix.facts]
             assert layer.nbytes == sum(tensor.untyped_storage().nbytes() for tensor in held)
 
 
@@ -148,6 +181,7 @@ def _read(layer: RaggedLayer, row: int, head: int) -> list[tuple[int, float]]:
         prefix, source = layer.view.prefix, layer.view.rows[row]
         where = prefix.segment(source, head)
         keys, values, positions = prefix.keys[where], prefix.values[where], prefix.kept_positions(source, head).tolist()
+        assert prefix.facts is None or torch.equal(prefix.facts[where, 0], keys[:, 0])
     if layer.tail is not None:
         keys = torch.cat((keys, layer.tail.keys[row, head]))
         values = torch.cat((values, layer.tail.values[row, head]))
@@ -270,5 +304,43 @@ def test_an_empty_layer_holds_nothing_and_cannot_be_compacted() -> None:
     layer.crop(0)
     layer.select_rows(torch.tensor([0, 0]))
     assert layer.fork().seen == 0
-    with pytest.raises(CacheError, match="holds a prompt"):
+    with pytest.raises(CacheError, match="holds tokens"):
         layer.compact(torch.ones(1, 1, 1, dtype=torch.bool))
+
+
+def test_a_reserve_is_room_from_the_start_and_not_moved_until_it_is_full() -> None:
+    layer = RaggedLayer(reserve=20)
+    layer.append(ONE, ONE)
+    assert layer.tail is not None
+    buffer = layer.tail.key_buffer.data_ptr()
+    for _ in range(19):
+        layer.append(ONE, ONE)
+    assert (layer.tail.key_buffer.data_ptr(), layer.nbytes) == (buffer, HEADS * 20 * (2 + 2) * 4)
+    layer.compact(torch.ones(1, HEADS, 20, dtype=torch.bool))
+    layer.append(ONE.expand(1, HEADS, 3, 2), ONE.expand(1, HEADS, 3, 2))
+    assert layer.nbytes == HEADS * 20 * ((2 + 2) * 4 + 4) + HEADS * 20 * (2 + 2) * 4
+
+
+def test_a_released_row_gives_its_memory_back_and_the_others_read_on() -> None:
+    layer = RaggedLayer()
+    layer.append(torch.randn(3, HEADS, 30, 2), torch.randn(3, HEADS, 30, 2))
+    layer.compact(torch.ones(3, HEADS, 30, dtype=torch.bool))
+    before = layer.nbytes
+    layer.release_rows([1])
+    assert layer.nbytes == before * 2 // 3
+    assert layer.view is not None
+    assert layer.view.is_identity
+    assert layer.view.prefix.lengths == ((30, 30), (0, 0), (30, 30))
+
+
+def test_rows_that_nobody_reads_are_freed() -> None:
+    layer = RaggedLayer()
+    layer.append(torch.randn(3, HEADS, 30, 2), torch.randn(3, HEADS, 30, 2))
+    layer.compact(torch.ones(3, HEADS, 30, dtype=torch.bool))
+    fork, before = layer.fork(), layer.nbytes
+    layer.select_rows(torch.tensor([2, 2]))
+    assert layer.nbytes == before
+    layer.release_rows()
+    assert (layer.nbytes, fork.nbytes) == (before // 3, before)
+    assert layer.view is not None
+    assert layer.view.rows == (0, 0)

@@ -42,8 +42,8 @@ class PrefixView:
 class RaggedLayer:
     """Keys and values of one layer.
 
-    seen: tokens that went in, pads and evicted ones counted: the logical length. reserve: tokens that a tail after the
-    first compaction has room for from the start, so that it need not grow.
+    seen: tokens that went in, pads and evicted ones counted: the logical length. reserve: tokens that a tail has room for
+    from the start, so that it need not grow; one that starts with more is as it comes.
     """
 
     def __init__(self, reserve: int = 0) -> None:
@@ -74,7 +74,7 @@ class RaggedLayer:
         self, keys: Float[Tensor, "b h x d"], values: Float[Tensor, "b h x v"]
     ) -> tuple[Float[Tensor, "b h t d"], Float[Tensor, "b h t v"]]:
         """Adds `x` tokens; gives the whole tail of `t`, as views."""
-        if self.tail is None and self.view is not None and keys.shape[2] <= self.reserve:
+        if self.tail is None and keys.shape[2] <= self.reserve:
             self.tail = Tail.empty(keys, values, self.reserve)
         if self.tail is None:
             self.tail = Tail.of(keys, values)
@@ -93,7 +93,7 @@ class RaggedLayer:
         """Makes what is kept of prefix and tail the prefix, and frees the rest. A shared prefix is left as it is.
 
         kept: (b, h, num_slots); the last slots are the tail's, those before them the prefix's, each head's in the last
-        of them. facts: of all slots.
+        of them. facts: of all slots; None: those of a prefix without a tail stay as they are.
         """
         if self.tail is None and self.view is None:
             raise CacheError("only a layer that holds tokens can be compacted")
@@ -127,12 +127,15 @@ class RaggedLayer:
             numbers = torch.arange(self.seen - tail.used, self.seen, dtype=torch.int32, device=kept.device)
             positions = numbers.expand(from_tail.shape)
         counts: list[list[int]] = kept.sum(-1).tolist()
+        known = None if facts is None else facts[kept]
+        if facts is None and tail is None and old.facts is not None:
+            known = old.facts[chosen]
         return RaggedPrefix(
             gathered(old.keys, None if tail is None else tail.keys),
             gathered(old.values, None if tail is None else tail.values),
             gathered(old.positions, positions),
             tuple(tuple(row) for row in counts),
-            None if facts is None else facts[kept],
+            known,
         )
 
     def forget_facts(self) -> None:

@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 
+from defensivekv import Budget
 from defensivekv.errors import BudgetError, InvalidInputError, UnknownPolicyError
 from defensivekv.evaluation.runner import load_plan, make_plan
 from tests.evaluation.runner.samples import plan_of
@@ -18,8 +19,23 @@ def test_a_policy_is_a_name_or_a_mapping_or_its_short_form() -> None:
     ).policies
     assert (named.title, mapped.title) == ("snapkv", "Ada")
     assert short.options == {"window_size": 8, "protect_window": False}
-    assert short.make("0.5").window_size == 8
-    assert not short.make("0.5").protect_window
+    assert short.make("0.5").policy.window_size == 8
+    assert not short.make("0.5").policy.protect_window
+
+
+def test_a_chunk_size_belongs_to_a_policy_and_is_held_against_it() -> None:
+    setting = plan_of(["snapkv+chunk_size=64"]).policies[0].make("0.5")
+    assert (setting.chunk_size, setting.policy.budget) == (64, Budget.parse(0.5))
+    assert setting.parts["asked chunk_size"] == "64"
+    for option, budget, reason in (
+        ("snapkv+chunk_size=8", "0.5", "less than the window"),
+        ("snapkv+chunk_size=yes", "0.5", "positive integer"),
+        ("cake+chunk_size=64", "0.5", "cannot evict in steps"),
+        ("kvzip", "1MiB", "cannot evict in steps"),
+        ("snapkv+chunks=8", "0.5", "no option 'chunks'.*chunk_size"),
+    ):
+        with pytest.raises(InvalidInputError, match=reason):
+            plan_of([option]).policies[0].make(budget)
 
 
 def test_the_full_cache_runs_once_and_is_what_budget_one_means() -> None:

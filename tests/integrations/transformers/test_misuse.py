@@ -79,20 +79,30 @@ def test_a_cache_whose_model_is_gone_says_so() -> None:
 # ---------------------------------------------------------------------- prompts in pieces
 
 
-def test_chunked_prefill_is_refused_by_name(model: PreTrainedModel) -> None:
+def test_generate_tells_that_a_prompt_comes_in_chunks(model: PreTrainedModel) -> None:
     # Nothing that a cache is told gives chunks away; this fails when transformers renames what the check looks for.
-    cache = dkv.EvictingCache(model, "defensivekv", 0.3)
-    with pytest.raises(
-        dkv.InvalidInputError, match="prefill_chunk_size=128 would show the policy the first 128 of 300"
-    ):
+    whole, told = (dkv.EvictingCache(model, "layer-defensivekv", 0.3) for _ in range(2))
+    output = generate(model, prompt(PROMPT), whole, prefill_chunk_size=128, do_sample=False)
+    told.expect(PROMPT)
+    for chunk in prompt(PROMPT).split(128, dim=1):
+        logits = feed(model, told, chunk)
+    assert int(logits[0, -1].argmax()) == int(output[0, PROMPT])
+    assert torch.equal(whole.lengths, told.lengths)
+    assert int(whole.lengths.sum()) == 3 * 2 * PROMPT * 3 // 10
+
+
+def test_a_policy_that_wants_the_whole_prompt_refuses_chunks_of_it_by_name(model: PreTrainedModel) -> None:
+    cache = dkv.EvictingCache(model, "cake", 0.3)
+    with pytest.raises(dkv.InvalidInputError, match=r"'cake' cannot evict in steps.*needs all queries at once"):
         generate(model, prompt(PROMPT), cache, prefill_chunk_size=128)
     assert cache.get_seq_length() == 0
 
 
-def test_chunks_too_small_to_be_evicted_from_are_refused_too(model: PreTrainedModel) -> None:
+def test_chunks_that_are_less_than_the_window_are_refused(model: PreTrainedModel) -> None:
     cache = dkv.EvictingCache(model, "defensivekv", 0.11)
-    with pytest.raises(dkv.InvalidInputError, match="prefill_chunk_size=20 would show"):
+    with pytest.raises(dkv.InvalidInputError, match="a chunk of 20 tokens is less than the window of 32"):
         generate(model, prompt(PROMPT), cache, prefill_chunk_size=20)
+    assert cache.get_seq_length() == 0
 
 
 @pytest.mark.parametrize(("budget", "size"), [(1.0, 64), (0.3, PROMPT), (0.3, 10**6)])
@@ -117,7 +127,7 @@ def test_chunked_reading_of_a_later_turn_is_not_refused(model: PreTrainedModel) 
 def test_two_pieces_of_one_length_are_pointed_out(model: PreTrainedModel) -> None:
     cache = dkv.EvictingCache(model, "defensivekv", 0.3)
     feed(model, cache, prompt(150))
-    with pytest.warns(dkv.DefensiveKVWarning, match="chunks of one prompt"):
+    with pytest.warns(dkv.DefensiveKVWarning, match=r"chunks of one prompt.*call expect\(\)"):
         feed(model, cache, prompt(150, seed=1))
 
 

@@ -14,13 +14,15 @@ from defensivekv.policies import Policy
 class Setting:
     """A policy at a budget.
 
-    title: what records call it. name: of the preset. options: what was asked for beside the preset.
+    title: what records call it. name: of the preset. options: what was asked for beside the preset. chunk_size: tokens
+    of a prompt that are read at a time; None: all.
     """
 
     title: str
     name: str
     policy: Policy
     options: Mapping[str, bool | int | str] = field(default_factory=dict)
+    chunk_size: int | None = None
 
     @property
     def budget(self) -> str:

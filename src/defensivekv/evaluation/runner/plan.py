@@ -14,8 +14,9 @@ from defensivekv.errors import InvalidInputError
 from defensivekv.evaluation.runner.cells import Setting
 from defensivekv.evaluation.tasks.task import TaskOptions
 from defensivekv.integrations.transformers.context import Template
-from defensivekv.policies import Policy
+from defensivekv.integrations.transformers.prefill import check_chunk_size
 from defensivekv.policies import policy as make_policy
+from defensivekv.policies.steps import check_evicts_in_steps
 
 PACKAGED_BATCH_SIZE = 8
 """Rows of a batch with the packaged model, whose documents are short and of one length."""
@@ -23,6 +24,8 @@ PACKAGED_BATCH_SIZE = 8
 Option = bool | int | str
 
 _LONGEST_TITLE = 120
+
+_CHUNK_SIZE = "chunk_size"
 
 
 def _as_list(value: object) -> object:
@@ -41,7 +44,8 @@ class PolicyPlan(BaseModel):
     """A policy without its budget.
 
     name: one of `defensivekv.policies()`. options: keywords of `defensivekv.policy`, such as `aggregation` or
-    `window_size`. label: what tables call it; the name with its options where none is given.
+    `window_size`, and `chunk_size`: tokens of a prompt that are read at a time. label: what tables call it; the name
+    with its options where none is given.
 
     Written as a mapping `{name: snapkv, aggregation: defensive, label: defensive SnapKV}`, or in short as
     `snapkv+aggregation=defensive`.
@@ -84,13 +88,20 @@ class PolicyPlan(BaseModel):
             return self.name
         return self.label or "+".join([self.name, *(f"{key}={given}" for key, given in self.options.items())])
 
-    def make(self, budget: str) -> Policy:
+    def make(self, budget: str) -> Setting:
         """The policy at that budget. Raises UnknownPolicyError, BudgetError or InvalidInputError."""
         known = [name for name in inspect.signature(make_policy).parameters if name not in ("name", "budget")]
-        unknown = [key for key in self.options if key not in known]
+        unknown = [key for key in self.options if key not in (*known, _CHUNK_SIZE)]
         if unknown:
-            raise InvalidInputError(f"policy {self.title!r}: no option {unknown[0]!r}; known are {', '.join(known)}")
-        return make_policy(self.name, budget, **self.options)  # type: ignore[arg-type]
+            names = ", ".join((*known, _CHUNK_SIZE))
+            raise InvalidInputError(f"policy {self.title!r}: no option {unknown[0]!r}; known are {names}")
+        options = {key: value for key, value in self.options.items() if key != _CHUNK_SIZE}
+        policy, chunk_size = make_policy(self.name, budget, **options), self.options.get(_CHUNK_SIZE)  # type: ignore[arg-type]
+        if _CHUNK_SIZE in self.options:
+            check_chunk_size(policy, chunk_size)
+        if (chunk_size is not None and not policy.budget.is_full) or policy.budget.kind == "bytes":
+            check_evicts_in_steps(policy)
+        return Setting(self.title, self.name, policy, self.options, chunk_size)  # type: ignore[arg-type]
 
 
 def _option(text: str) -> Option:
@@ -156,7 +167,7 @@ class RunPlan(BaseModel):
         found: list[Setting] = []
         for plan in plans:
             texts = ["1.0"] if plan.name == "full" else [text for budget, text in budgets if not budget.is_full]
-            found += [Setting(plan.title, plan.name, plan.make(text), plan.options) for text in texts]
+            found += [plan.make(text) for text in texts]
             if not texts:
                 raise InvalidInputError(f"policy {plan.title!r} needs a budget: give budgets such as 0.2")
         return found

@@ -78,7 +78,7 @@ def read_prompts(
         model(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE_ARGUMENT: cache}, **masking(model, mask))
     else:
         enable(model)
-        cache = compress_prompts(model, tokenizer, setting.policy, ids, mask, suffix)
+        cache = compress_prompts(model, tokenizer, setting, ids, mask, suffix)
     synchronize(model)
     seconds = time.perf_counter() - start
     held = (
@@ -92,18 +92,26 @@ def read_prompts(
 def compress_prompts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    policy: Policy,
+    setting: Setting,
     ids: Tensor,
     mask: Tensor,
     suffix: str = "",
 ) -> EvictingCache:
     """The prompts as the policy keeps them, in a cache of the enabled model."""
-    cache = EvictingCache(model, policy)
+    cache = EvictingCache(model, setting.policy)
     with warnings.catch_warnings():
         # A prompt that is too short to be compressed is an error here: see `_check_budget`.
         warnings.filterwarnings("ignore", message=".*kept whole", category=DefensiveKVWarning)
         # Policies that have the prompt repeated refuse pads; the rows are then read one at a time.
-        prefill(model, cache, ids, attention_mask=mask, tokenizer=tokenizer, suffix=suffix)
+        prefill(
+            model,
+            cache,
+            ids,
+            attention_mask=mask,
+            tokenizer=tokenizer,
+            suffix=suffix,
+            chunk_size=setting.chunk_size,
+        )
     return cache
 
 

@@ -96,8 +96,8 @@ class Bound:
             window = self.stepper.num_protected
             raise BudgetError(
                 f"{named} leaves {max(0, prefix)} entries per head beside the tokens since the last eviction, fewer "
-                f"than the {self.stepper.policy.num_sinks} first tokens and the window of {window} that stay: give a larger "
-                "bound, or a smaller window_size or interval"
+                f"than the {self.stepper.policy.num_sinks} first tokens and the window of {window} that stay: give a "
+                "larger bound, or a smaller window_size or interval"
             )
 
     def __str__(self) -> str:

@@ -282,8 +282,9 @@ class EvictingCache(Cache):
             )
         if self.stepping is not None and count and not all(layer.can_forget(count) for layer in self._evicted):
             raise CacheError(
-                f"cannot crop {count} tokens: the queries before them, which the next eviction listens to, are gone; call "
-                "activate_past_recording() before the forward pass whose tokens may be taken back, or fork the cache"
+                f"cannot crop {count} tokens: the queries before them, which the next eviction listens to, are gone; "
+                "call activate_past_recording() before the forward pass whose tokens may be taken back, or fork the "
+                "cache"
             )
         if any(_has_forgotten(layer) for layer in self.layers):
             raise CacheError(

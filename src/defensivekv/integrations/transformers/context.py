@@ -106,11 +106,12 @@ def compress(
     budget: float | int | str | Budget | None = None,
     *,
     template: Template = "auto",
+    chunk_size: int | None = None,
     **options: Any,
 ) -> Context:
     """Reads a document once and keeps what the policy keeps of its cache. Enables the model.
 
-    policy, budget, options: as for `EvictingCache`. template: "chat" puts the document and later the question
+    policy, budget, options: as for `EvictingCache`. chunk_size: tokens read at a time, as for `prefill`. template: "chat" puts the document and later the question
     into one user turn of the tokenizer's chat template; "plain" takes them as they are; "auto" is "chat" where
     the tokenizer has a template.
 
@@ -125,7 +126,7 @@ def compress(
     _check_length(model, ids.shape[1] + 1, "the document")
     enable(model)
     start = time.perf_counter()
-    prefill(model, cache, ids, tokenizer=tokenizer, suffix=suffix)
+    prefill(model, cache, ids, tokenizer=tokenizer, suffix=suffix, chunk_size=chunk_size)
     return Context(model, tokenizer, cache, ids, suffix, time.perf_counter() - start)
 
 

@@ -13,6 +13,7 @@ from defensivekv.integrations.transformers.cache import EvictingCache
 from defensivekv.integrations.transformers.layer import EvictedLayer
 from defensivekv.integrations.transformers.model import has_dynamic_rotation, max_positions
 from defensivekv.integrations.transformers.versions import CACHE_ARGUMENT
+from defensivekv.policies import Policy
 from defensivekv.policies.scoring import Reconstruction
 
 _FIRST = "\n\nRepeat the previous context exactly."
@@ -31,8 +32,13 @@ def prefill(
     attention_mask: Int[Tensor, "b t"] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     suffix: str = "",
+    chunk_size: int | None = None,
 ) -> None:
     """Reads a prompt into an empty cache, which keeps what its policy keeps.
+
+    chunk_size: tokens that are read at a time; None: all at once. After each chunk all that was read so far competes
+    for the budget, so that what is held at any moment is the budget and one chunk. What is kept is not quite what one
+    reading keeps; `docs/memory.md` measures by how much.
 
     Policies that observe a reconstruction have the prompt read a second time, in chunks that the model is told to
     repeat, in about twice the time; what it says to that is forgotten again. They need `tokenizer` for the
@@ -42,11 +48,16 @@ def prefill(
     end of a chat template; the model's turn to repeat begins after it.
 
     Raises CacheError for a cache that holds something, and InvalidInputError or UnsupportedModelError where the prompt
-    cannot be repeated: each before the prompt is read.
+    cannot be repeated, or read in such chunks: each before the prompt is read.
     """
     if cache.get_seq_length():
         raise CacheError("the cache holds a prompt already: make a new one, or call reset()")
     scorer = cache.policy.scorer
+    num_tokens = input_ids.shape[1]
+    if chunk_size is not None:
+        check_chunk_size(cache.policy, chunk_size)
+        if chunk_size < num_tokens:
+            cache.expect(num_tokens)
     repeats: list[tuple[int, int, Tensor]] = []
     # What is kept whole needs no scores; a budget in entries or bytes shows its share once the prompt is known.
     if isinstance(scorer, Reconstruction) and cache.policy.reads_twice:
@@ -54,9 +65,13 @@ def prefill(
         assert tokenizer is not None
         repeats = _repeats(input_ids, tokenizer, suffix, scorer.chunk_size)
         _check_room(model, input_ids.shape[1], max(ids.shape[1] for _, _, ids in repeats))
-    options = masking(model, attention_mask)
+    step = chunk_size or max(1, num_tokens)
     with cache.reconstructing():
-        model(input_ids=input_ids, use_cache=True, logits_to_keep=1, **options, **{CACHE_ARGUMENT: cache})
+        for start in range(0, max(1, num_tokens), step):
+            stop = min(start + step, num_tokens)
+            options = masking(model, attention_mask, start, stop)
+            chunk = input_ids[:, start:stop]
+            model(input_ids=chunk, use_cache=True, logits_to_keep=1, **options, **{CACHE_ARGUMENT: cache})
         stock = [None if isinstance(layer, EvictedLayer) else copy.deepcopy(layer) for layer in cache.layers]
         for start, stop, ids in repeats:
             if not cache.awaits_repeats:
@@ -69,14 +84,29 @@ def prefill(
             ]
 
 
-def masking(model: PreTrainedModel, attention_mask: Tensor | None) -> dict[str, Tensor]:
-    """The mask, and positions that leave its pads out, from which `generate()` goes on."""
+def masking(
+    model: PreTrainedModel, attention_mask: Tensor | None, start: int = 0, stop: int | None = None
+) -> dict[str, Tensor]:
+    """For the tokens from `start` to `stop`, the mask up to them, and positions that leave its pads out, from which
+    `generate()` goes on.
+    """
     if attention_mask is None or bool(attention_mask.all()):
         return {}
-    options = {"attention_mask": attention_mask}
+    options = {"attention_mask": attention_mask[:, :stop]}
     if "position_ids" in inspect.signature(model.forward).parameters:
-        options["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp_min(0)
+        options["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp_min(0)[:, start:stop]
     return options
+
+
+def check_chunk_size(policy: Policy, chunk_size: object) -> None:
+    """Raises InvalidInputError for chunks that the policy could not observe from."""
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+        raise InvalidInputError(f"chunk_size {chunk_size!r} must be a positive integer")
+    if not policy.budget.is_full and chunk_size < policy.window_size:
+        raise InvalidInputError(
+            f"chunk_size {chunk_size} is less than the window of {policy.window_size} that observes: give at least as "
+            "many, or a smaller window_size"
+        )
 
 
 def _repeats(
