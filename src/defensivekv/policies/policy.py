@@ -212,6 +212,8 @@ class Policy:
         kept = [torch.zeros_like(layer.scores, dtype=torch.bool) for layer in layers]
         for row, share in enumerate(shares):
             held = [(layer.scores[row] > float("-inf")).any(0) for layer in layers]
+            if not any(bool(slots.any()) for slots in held):
+                continue
             rows = [
                 layer.scores[row] if bool(slots.all()) else layer.scores[row][:, slots]
                 for layer, slots in zip(layers, held, strict=True)
@@ -299,9 +301,12 @@ class Policy:
 
         measured: (h, m) what the weighting measured of every entry. share: of the text's entries to keep.
         """
-        scores = self.aggregation.finish(evidence.reduced, evidence.counts, layout.first_positions(evidence.num_scored))
-        if self.weighting is not None and evidence.means is not None:
-            scores = self.weighting(scores, evidence.means, measured, layout, share)
+        scores = evidence.reduced
+        if evidence.num_scored:
+            places = layout.first_positions(evidence.num_scored)
+            scores = self.aggregation.finish(evidence.reduced, evidence.counts, places)
+            if self.weighting is not None and evidence.means is not None:
+                scores = self.weighting(scores, evidence.means, measured, layout, share)
         if bool(torch.isnan(scores.sum())):
             raise InvalidInputError("scores hold NaN: the window's attention or the value norms overflowed")
         # -inf is kept for slots without an entry.

@@ -37,6 +37,8 @@ class SteppedModel:
         self.sums: dict[int, Tensor] = {}
         self.counts: dict[int, Tensor] = {}
         self.projections: dict[int, Tensor] = {}
+        self.scores: dict[int, Tensor] = {}
+        """Of the last step."""
         AttentionInterface.register(_NAME, self._attention)
         AttentionMaskInterface.register(_NAME, sdpa_mask)
 
@@ -76,7 +78,7 @@ class SteppedModel:
 
     def step(self, limit: Fraction, *, across: bool) -> None:
         """Hears the window, and keeps `limit` entries per head, over the heads of a layer or `across` all layers."""
-        scores = {index: self._scores(index, limit) for index in self.alive}
+        self.scores = scores = {index: self._scores(index, limit) for index in self.alive}
         groups = [list(scores)] if across else [[index] for index in scores]
         for group in groups:
             flat = torch.cat([scores[index].flatten() for index in group])

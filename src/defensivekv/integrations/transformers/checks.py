@@ -53,7 +53,7 @@ def check_forward(
         raise InvalidInputError(
             f"{seen + x} tokens exceed the model's maximum of {max_tokens} positions: shorten the prompt"
         )
-    if first.awaits_prompt:
+    if first.awaits_prompt or (stepping is not None and stepping.is_reading(seen)):
         return
     if x == seen + 1:
         warnings.warn(

@@ -102,9 +102,9 @@ def check_chunk_size(policy: Policy, chunk_size: object) -> None:
     """Raises InvalidInputError for chunks that the policy could not observe from."""
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
         raise InvalidInputError(f"chunk_size {chunk_size!r} must be a positive integer")
-    if not policy.budget.is_full and chunk_size < policy.window_size:
+    if not policy.budget.is_full and chunk_size < policy.num_window:
         raise InvalidInputError(
-            f"chunk_size {chunk_size} is less than the window of {policy.window_size} that observes: give at least as "
+            f"chunk_size {chunk_size} is less than the window of {policy.num_window} that observes: give at least as "
             "many, or a smaller window_size"
         )
 

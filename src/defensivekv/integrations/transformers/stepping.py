@@ -103,9 +103,9 @@ class Stepping:
             raise InvalidInputError(
                 f"{seen + new} tokens of a prompt that expect() said to have {self.expected}: say how long it really is"
             )
-        if new < self.stepper.num_protected and seen + new < self.expected:
+        if new < self.policy.num_window and seen + new < self.expected:
             raise InvalidInputError(
-                f"a chunk of {new} tokens is less than the window of {self.stepper.num_protected} that observes: give "
+                f"a chunk of {new} tokens is less than the window of {self.policy.num_window} that observes: give "
                 "chunks of at least as many, or a smaller window_size"
             )
 
@@ -159,7 +159,7 @@ class Stepping:
     def _end(self, store: RaggedLayer, shares: Sequence[Fraction]) -> None:
         self.texts = replace(self._grown, shares=tuple(min(Fraction(1), share) for share in shares))
         self._facts = {}
-        if self.expected is not None and store.seen >= self.expected:
+        if self.is_reading(store.seen - store.tail_length) and not self.is_reading(store.seen):
             say_what_is_whole(self.policy, self.texts)
 
     def _shares(self, store: RaggedLayer, num_rows: int) -> list[Fraction]:
