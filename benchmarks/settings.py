@@ -13,7 +13,9 @@ class Settings:
     tokens: stored by the dense caches. prompt, prefill_layers: tokens of the prefill, and layers of the model
     that it is timed on. logical_lengths: tokens seen, while the stored entries stay those of `budget` of the
     shortest. short, medium, long: repetitions of calls that take milliseconds, tenths of a second, and seconds.
-    model: changes to the model's configuration.
+    model: changes to the model's configuration. endless_tokens, bound: tokens generated, and entries per head that may
+    be held meanwhile. memory_lengths, chunk_size: prompts whose peak is measured, and tokens read at a time. thin:
+    changes that make the model one of little but a cache.
     has_targets: whether the figures can be held against the targets.
     """
 
@@ -32,6 +34,16 @@ class Settings:
     medium: int = 9
     long: int = 5
     model: tuple[tuple[str, Any], ...] = ()
+    endless_tokens: int = 100_000
+    bound: int = 1024
+    memory_lengths: tuple[int, ...] = (2048, 4096, 8192, 16384)
+    chunk_size: int = 512
+    thin: tuple[tuple[str, Any], ...] = (
+        ("hidden_size", 256),
+        ("intermediate_size", 512),
+        ("num_attention_heads", 8),
+        ("vocab_size", 1024),
+    )
     has_targets: bool = True
 
 
@@ -58,6 +70,11 @@ QUICK = Settings(
         ("vocab_size", 256),
         ("max_position_embeddings", 4096),
     ),
+    endless_tokens=200,
+    bound=64,
+    memory_lengths=(128, 256),
+    chunk_size=64,
+    thin=(),
     has_targets=False,
 )
 

@@ -19,7 +19,15 @@ from defensivekv.errors import (
 from defensivekv.policies import Observation, Policy, policies, policy
 
 if TYPE_CHECKING:
-    from defensivekv.integrations.transformers import Context, EvictingCache, compress, disable, enable, prefill
+    from defensivekv.integrations.transformers import (
+        Context,
+        EvictingCache,
+        ReleaseFinished,
+        compress,
+        disable,
+        enable,
+        prefill,
+    )
     from defensivekv.needleworld import demo_model
 
 __version__ = "0.1.0"
@@ -28,6 +36,7 @@ _TRANSFORMERS = "defensivekv.integrations.transformers"
 _LAZY = {
     "Context": _TRANSFORMERS,
     "EvictingCache": _TRANSFORMERS,
+    "ReleaseFinished": _TRANSFORMERS,
     "compress": _TRANSFORMERS,
     "demo_model": "defensivekv.needleworld",
     "disable": _TRANSFORMERS,
@@ -46,6 +55,7 @@ __all__ = [
     "InvalidInputError",
     "Observation",
     "Policy",
+    "ReleaseFinished",
     "UnknownPolicyError",
     "UnsupportedModelError",
     "__version__",

@@ -42,8 +42,8 @@ class PrefixView:
 class RaggedLayer:
     """Keys and values of one layer.
 
-    seen: tokens that went in, pads and evicted ones counted: the logical length. reserve: tokens that a tail has room for
-    from the start, so that it need not grow; one that starts with more is as it comes.
+    seen: tokens that went in, pads and evicted ones counted: the logical length. reserve: tokens that a tail has room
+    for from the start, so that it need not grow; one that starts with more is as it comes.
     """
 
     def __init__(self, reserve: int = 0) -> None:

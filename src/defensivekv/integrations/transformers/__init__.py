@@ -2,6 +2,7 @@
 
 from defensivekv.integrations.transformers.cache import EvictingCache
 from defensivekv.integrations.transformers.context import Answer, Context, compress
+from defensivekv.integrations.transformers.finished import ReleaseFinished
 from defensivekv.integrations.transformers.model import check_supported, disable, enable, is_enabled
 from defensivekv.integrations.transformers.prefill import prefill
 from defensivekv.integrations.transformers.report import CacheReport, LayerReport
@@ -12,6 +13,7 @@ __all__ = [
     "Context",
     "EvictingCache",
     "LayerReport",
+    "ReleaseFinished",
     "check_supported",
     "compress",
     "disable",

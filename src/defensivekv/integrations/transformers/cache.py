@@ -393,6 +393,13 @@ class EvictingCache(Cache):
         return view.prefix.kept_positions(view.rows[row], head)
 
     @property
+    def end_tokens(self) -> int | list[int] | None:
+        """Tokens that end a text, by the model's generation settings."""
+        model = self._model()
+        ends: int | list[int] | None = None if model is None else model.generation_config.eos_token_id
+        return ends
+
+    @property
     def nbytes(self) -> int:
         """Bytes held: prefixes with their positions, tails with the unused part of their buffers, stock layers."""
         return sum(_layer_bytes(layer) for layer in self.layers)

@@ -111,9 +111,9 @@ def compress(
 ) -> Context:
     """Reads a document once and keeps what the policy keeps of its cache. Enables the model.
 
-    policy, budget, options: as for `EvictingCache`. chunk_size: tokens read at a time, as for `prefill`. template: "chat" puts the document and later the question
+    policy, budget, options: as for `EvictingCache`. template: "chat" puts the document and later the question
     into one user turn of the tokenizer's chat template; "plain" takes them as they are; "auto" is "chat" where
-    the tokenizer has a template.
+    the tokenizer has a template. chunk_size: tokens read at a time, as for `prefill`.
 
     Raises InvalidInputError for an empty document or one past the model's maximum length, and what `enable` and
     `EvictingCache` raise; each before the document is read.

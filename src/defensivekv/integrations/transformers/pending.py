@@ -126,18 +126,24 @@ class QueryLog:
         """Takes the queries (b, q, x, d) of new tokens. valid: False at pads. revocable: `drop_last` may follow."""
         if valid is not None and bool(valid.all()):
             valid = None
-        if self.wanted is not None and queries.shape[2] > self.wanted and not revocable:
+        if self.wanted is None:
+            self._parts.append((queries.detach().clone(), valid))
+            return
+        wanted = self.wanted + (MAX_DRAFTS if revocable else 0)
+        if queries.shape[2] > wanted and not revocable:
             counts = None if valid is None else valid.sum(-1)
-            queries = window_queries(queries, valid, self.wanted)
+            queries = window_queries(queries, valid, wanted)
             # Of a row with fewer, the first ones are pads.
-            places = torch.arange(self.wanted, device=queries.device)
-            valid = None if counts is None else places >= self.wanted - counts[:, None]
-        # A copy: queries are often a view of what holds keys and values too.
-        self._parts.append((queries.detach().clone(), valid))
-        if self.wanted is not None:
-            wanted = self.wanted + (MAX_DRAFTS if revocable else 0)
-            while len(self._parts) > 1 and self._fewest(self._parts[1:]) >= wanted:
-                del self._parts[0]
+            places = torch.arange(wanted, device=queries.device)
+            valid = None if counts is None else places >= wanted - counts[:, None]
+        elif valid is None or bool(valid[:, -wanted:].all()):
+            queries, valid = queries[:, :, -wanted:], None
+        # One by one, so that each can go; copies, since queries are often a view of what holds keys and values too.
+        masks = [None] * queries.shape[2] if valid is None else list(valid.split(1, dim=1))
+        for query, mask in zip(queries.detach().split(1, dim=2), masks, strict=True):
+            self._parts.append((query.clone(), mask))
+        while len(self._parts) > wanted and self._fewest(self._parts[1:]) >= wanted:
+            del self._parts[0]
 
     @staticmethod
     def _fewest(parts: list[tuple[Queries, Bool[Tensor, "b x"] | None]]) -> int:
