@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import attention, decode_step, endless, logical_length, machine, prefill
+from benchmarks import attention, decode_step, endless, logical_length, machine, memory, prefill
 from benchmarks.result import Result, write
 from benchmarks.settings import FULL, QUICK, Settings
 
@@ -18,6 +18,7 @@ BENCHMARKS: dict[str, Callable[[Settings, torch.device], list[Result]]] = {
     "decode-step": decode_step.run,
     "logical-length": logical_length.run,
     "prefill": prefill.run,
+    "memory": memory.run,
     "endless": endless.run,
 }
 

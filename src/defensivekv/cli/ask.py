@@ -21,7 +21,13 @@ def ask(
     question: Annotated[list[str] | None, typer.Option(help="A question; give the option again for more.")] = None,
     policy: Annotated[str, typer.Option(help="See `defensivekv policies`.")] = "layer-defensivekv",
     budget: Annotated[
-        str | None, typer.Option(help="What to keep: 0.2 (the default), 20%, 1024 (entries per head) or 64MiB.")
+        str | None, typer.Option(help="What to keep: 0.2 (the default), 20%, 1024 (entries per head), 64MiB or auto:0.99.")
+    ] = None,
+    max_entries: Annotated[
+        int | None, typer.Option(min=1, help="Entries per head that may ever be held, question and answer counted.")
+    ] = None,
+    chunk_size: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of the document read at a time; all, or 512 under a bound.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -50,13 +56,21 @@ def ask(
         model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, console=console
     )
     with console.status("reading the document"):
-        compressed = compress(loaded, tokenizer, document, chosen, template=template)  # type: ignore[arg-type]
+        compressed = compress(
+            loaded,
+            tokenizer,
+            document,
+            chosen,
+            template=template,  # type: ignore[arg-type]
+            max_entries=max_entries,
+            chunk_size=chunk_size,
+        )
     report = compressed.report()
     console.print(
         f"document   {compressed.num_tokens} tokens read in {compressed.prefill_seconds:.2f} s "
         f"({compressed.num_tokens / compressed.prefill_seconds:,.0f} tokens/s, compression included)\n"
         f"cache      {format_bytes(report.evicted_nbytes)} held of {format_bytes(report.full_bytes)}: "
-        f"{report.achieved:.1%} of the entries kept by {escape(report.policy)}, budget {escape(report.budget)}",
+        f"{report.achieved:.1%} of the entries kept by {escape(report.policy)}, budget {escape(report.asked)}",
         highlight=False,
     )
     for text in question:

@@ -110,6 +110,11 @@ class EvictingCache(Cache):
         return Stepping(self._bound.stepper.policy, self.evicted_layers, self._bound)
 
     @property
+    def is_bounded(self) -> bool:
+        """Whether there is a bound on all that is held, and not only a budget of the prompt."""
+        return self._bound is not None
+
+    @property
     def _texts(self) -> Texts:
         return self._decision.texts if self.stepping is None else self.stepping.texts
 

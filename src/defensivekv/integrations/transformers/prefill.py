@@ -16,6 +16,9 @@ from defensivekv.integrations.transformers.versions import CACHE_ARGUMENT
 from defensivekv.policies import Policy
 from defensivekv.policies.scoring import Reconstruction
 
+DEFAULT_CHUNK_SIZE = 512
+"""Tokens; less costs answers, and more memory (docs/memory.md)."""
+
 _FIRST = "\n\nRepeat the previous context exactly."
 _NEXT = "\n\nRepeat the part of the previous context exactly, starting with"
 _QUOTED = 8
@@ -36,9 +39,9 @@ def prefill(
 ) -> None:
     """Reads a prompt into an empty cache, which keeps what its policy keeps.
 
-    chunk_size: tokens that are read at a time; None: all at once. After each chunk all that was read so far competes
-    for the budget, so that what is held at any moment is the budget and one chunk. What is kept is not quite what one
-    reading keeps; `docs/memory.md` measures by how much.
+    chunk_size: tokens that are read at a time; None: all at once, or `DEFAULT_CHUNK_SIZE` where the cache is bounded.
+    After each chunk all that was read so far competes for the budget, so that what is held at any moment is the budget
+    and one chunk. What is kept is not quite what one reading keeps; `docs/memory.md` measures by how much.
 
     Policies that observe a reconstruction have the prompt read a second time, in chunks that the model is told to
     repeat, in about twice the time; what it says to that is forgotten again. They need `tokenizer` for the
@@ -54,6 +57,8 @@ def prefill(
         raise CacheError("the cache holds a prompt already: make a new one, or call reset()")
     scorer = cache.policy.scorer
     num_tokens = input_ids.shape[1]
+    if chunk_size is None and cache.is_bounded:
+        chunk_size = max(DEFAULT_CHUNK_SIZE, cache.policy.num_window)
     if chunk_size is not None:
         check_chunk_size(cache.policy, chunk_size)
         if chunk_size < num_tokens:

@@ -63,6 +63,13 @@ class CacheReport:
         return tuple(share >= 1 for share in self.shares)
 
     @property
+    def asked(self) -> str:
+        """The budget, what an adaptive one came to for each prompt, and the bound."""
+        chosen = ", ".join(f"{share:.2%}" for share in self.shares)
+        came_to = f" (came to {chosen})" if self.budget.startswith("auto") and chosen else ""
+        return self.budget + came_to + (f", at most {self.bound}" if self.bound else "")
+
+    @property
     def entries_kept(self) -> int:
         """Entries of all prefixes."""
         return sum(sum(row) for layer in self.layers for row in layer.lengths)
@@ -94,15 +101,12 @@ class CacheReport:
 
     def __str__(self) -> str:
         held, full = format_bytes(self.evicted_nbytes), format_bytes(self.full_bytes)
-        budget = self.budget + (f", at most {self.bound}" if self.bound else "")
         lines = [
-            f"policy {self.policy}, budget {budget}: kept {self.entries_kept} of {self.entries_seen} entries "
+            f"policy {self.policy}, budget {self.asked}: kept {self.entries_kept} of {self.entries_seen} entries "
             f"({self.achieved:.2%}), {held} held, prompt in full {full}"
         ]
         if others := self.nbytes - self.evicted_nbytes:
             lines.append(f"{format_bytes(others)} more in layers that are not evicted")
-        if self.budget.startswith("auto"):
-            lines.append("chosen for each prompt: " + ", ".join(f"{share:.2%}" for share in self.shares))
         whole = sum(self.kept_whole)
         if whole:
             lines.append(f"{whole} of {len(self.kept_whole)} prompts kept whole")
