@@ -21,7 +21,8 @@ def ask(
     question: Annotated[list[str] | None, typer.Option(help="A question; give the option again for more.")] = None,
     policy: Annotated[str, typer.Option(help="See `defensivekv policies`.")] = "layer-defensivekv",
     budget: Annotated[
-        str | None, typer.Option(help="What to keep: 0.2 (the default), 20%, 1024 (entries per head), 64MiB or auto:0.99.")
+        str | None,
+        typer.Option(help="What to keep: 0.2 (the default), 20%, 1024 (entries per head), 64MiB, auto:0.99."),
     ] = None,
     max_entries: Annotated[
         int | None, typer.Option(min=1, help="Entries per head that may ever be held, question and answer counted.")

@@ -6,7 +6,7 @@ from fractions import Fraction
 from math import ceil, floor
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from defensivekv.budget import Budget, entry_bytes
@@ -16,9 +16,10 @@ from defensivekv.policies.allocation import Allocation, Contender
 from defensivekv.policies.evidence import Evidence, observe
 from defensivekv.policies.layout import Layout
 from defensivekv.policies.observation import Observation
+from defensivekv.policies.scored import LayerKept, ScoredLayer, ScoredRow, entries_of_mass
 from defensivekv.policies.scoring import Scorer
 from defensivekv.policies.weighting import Weighting
-from defensivekv.types import HeadScores, Kept, LayerScores, SlotScores
+from defensivekv.types import Kept, SlotScores
 
 SHORT_PROMPT_WINDOWS = 8
 """A prompt shorter than this many times what always stays is kept whole where its budget is below that."""
@@ -29,28 +30,6 @@ _REASONS = {
     "one part": "needs all queries at once, and {scorer} gives them in parts",
     "levels": "lets heads compete, and {scorer} scores every head alike",
 }
-
-
-LayerKept = Bool[Tensor, "b _ _"]
-"""As `Kept`, of a layer among others that may hold more or less."""
-
-
-@dataclass(frozen=True)
-class ScoredLayer:
-    """One layer's entries, scored.
-
-    scores: (b, h, t) float32; the higher, the more worth keeping; pads and slots without an entry score -inf, rows
-    that are kept whole inf. num_tokens: of each row's text, pads left out. preferences: of each row.
-    index: of the layer among the `num_layers` evicted ones. needed: of each row, entries that an adaptive budget asks
-    for, over the heads.
-    """
-
-    scores: LayerScores
-    num_tokens: tuple[int, ...]
-    preferences: tuple[float, ...]
-    index: int
-    num_layers: int
-    needed: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -280,11 +259,11 @@ class Policy:
             with_means=self.weighting is not None,
         )
 
-    def _score_row(self, row: Observation, share: Fraction, evidence: Evidence | None) -> "_ScoredRow":
+    def _score_row(self, row: Observation, share: Fraction, evidence: Evidence | None) -> ScoredRow:
         if share >= 1 and not self.budget.is_adaptive:
             row.check_finite()
             everything = torch.full((row.num_heads, row.num_tokens), float("inf"), device=row.keys.device)
-            return _ScoredRow(everything, 1.0, everything.numel())
+            return ScoredRow(everything, 1.0, everything.numel())
         seen = self._observe(row) if evidence is None else evidence
         measured = None if self.weighting is None else self.weighting.measure(row)
         scores = self.rate(seen, measured, row.row_layout, share)
@@ -294,7 +273,7 @@ class Policy:
         if self.budget.is_adaptive:
             staying = row.num_heads * (row.num_prompt_tokens - seen.reduced.shape[-1])
             needed = staying + entries_of_mass(seen.reduced, self.budget.amount)
-        return _ScoredRow(scores, asked, needed)
+        return ScoredRow(scores, asked, needed)
 
     def rate(self, evidence: Evidence, measured: SlotScores | None, layout: Layout, share: Fraction) -> SlotScores:
         """Scores of one row's slots, from what was seen of them: (h, m), -inf where a slot is empty.
@@ -319,27 +298,6 @@ class Policy:
         return scores.masked_fill(layout.positions < self.num_sinks, top).masked_fill(
             layout.positions < 0, float("-inf")
         )
-
-
-@dataclass(frozen=True)
-class _ScoredRow:
-    """One row of a `ScoredLayer`."""
-
-    scores: Float[Tensor, "h t"]
-    preference: float
-    needed: int
-
-
-def entries_of_mass(importance: HeadScores, mass: Fraction) -> int:
-    """Entries that hold `mass` of the importance, (h, n) not negative: of each head the fewest that do, summed up."""
-    if importance.shape[-1] == 0:
-        return 0
-    ranked = importance.double().sort(dim=-1, descending=True).values
-    cumulative = ranked.cumsum(-1)
-    # A hair less, since sums are rounded; all entries hold all of it.
-    asked = cumulative[:, -1:] * (float(mass) - 1e-12)
-    counts = (cumulative < asked).sum(-1) + 1
-    return int(counts.clamp_max(importance.shape[-1]).sum())
 
 
 def bytes_per_token(observation: Observation) -> int:

@@ -12,8 +12,8 @@ from defensivekv import Budget, Policy
 from defensivekv.integrations.transformers.competition import Competition, compacted_scores
 from defensivekv.policies.aggregation import Max, MeanAndVariance
 from defensivekv.policies.allocation import AcrossLayers, Allocation, ByPreference, PerHead, PerLayer, PerPosition
-from defensivekv.policies.policy import ScoredLayer
 from defensivekv.policies.preference import DispersionAndShift
+from defensivekv.policies.scored import ScoredLayer
 from defensivekv.policies.scoring import WindowAttention
 from tests.policies.cases import seeds
 

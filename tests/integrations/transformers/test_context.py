@@ -61,6 +61,28 @@ def test_the_full_budget_answers_as_the_stock_model(model: PreTrainedModel) -> N
     assert dkv.compress(model, tokenizer, DOCUMENT, "full").ask("w7 w8 w9", max_new_tokens=6) == expected.strip()
 
 
+def test_a_bounded_document_answers_within_its_bound(model: PreTrainedModel) -> None:
+    context = dkv.compress(model, small_tokenizer(), DOCUMENT, "layer-defensivekv", max_entries=96, chunk_size=64)
+    assert int(context.cache.lengths.sum()) == (96 - 12) * 3 * 2
+    assert context.report().bound == "96 entries per head"
+    first = context.ask("w7 w8 w9", max_new_tokens=40)
+    assert context.ask("w7 w8 w9", max_new_tokens=40) == first
+    assert int(context.cache.lengths.sum()) == (96 - 12) * 3 * 2
+
+
+def test_an_adaptive_budget_says_what_it_came_to(model: PreTrainedModel) -> None:
+    context = dkv.compress(model, small_tokenizer(), DOCUMENT, "layer-defensivekv", "auto:0.6,max=0.9")
+    report = context.report()
+    (share,) = report.shares
+    assert 0.2 < share < 0.9
+    assert report.achieved == pytest.approx(share, abs=0.001)
+    assert f"auto:0.6,max=0.9 (came to {share:.2%})" in str(report)
+    more = dkv.compress(model, small_tokenizer(), DOCUMENT, "layer-defensivekv", "auto:0.8").report()
+    assert more.achieved > report.achieved
+    per_layer = dkv.compress(model, small_tokenizer(), DOCUMENT, "defensivekv", "auto:0.6,max=0.9").report()
+    assert per_layer.achieved == pytest.approx(share, abs=0.005), "the mass is that of all layers, whoever competes"
+
+
 def test_questions_do_not_see_each_other(model: PreTrainedModel) -> None:
     context = dkv.compress(model, small_tokenizer(), DOCUMENT, "layer-defensivekv", 0.3)
     first = context.ask("w7 w8 w9")

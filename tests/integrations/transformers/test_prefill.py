@@ -1,4 +1,6 @@
-"""Prompts that are read twice: what is scored, what is left behind, and what is refused."""
+"""Prompts that are read twice, or in chunks: what is scored, what is left behind, and what is refused."""
+
+from typing import Any
 
 import pytest
 import torch
@@ -199,3 +201,104 @@ def test_rotations_that_change_with_the_length_are_refused_and_left_alone(
         dkv.prefill(model, dkv.EvictingCache(model, name, 0.5), prompt(T), tokenizer=tokenizer)
     dkv.disable(model)
     torch.testing.assert_close(model(prompt(T)).logits, before)
+
+
+# ---------------------------------------------------------------------- in chunks
+
+
+@pytest.mark.parametrize("chunk_size", [37, 64, 299])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt_oss"])
+def test_chunks_without_eviction_say_what_one_reading_says(architecture: str, chunk_size: int) -> None:
+    model = tiny_model(architecture)
+    dkv.enable(model)
+    whole, chunked = (dkv.EvictingCache(model, "full") for _ in range(2))
+    dkv.prefill(model, whole, prompt(300))
+    dkv.prefill(model, chunked, prompt(300), chunk_size=chunk_size)
+    torch.testing.assert_close(
+        feed(model, chunked, prompt(5, seed=1)), feed(model, whole, prompt(5, seed=1)), rtol=1e-3, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", ["defensivekv", "layer-defensivekv", "h2o", "knorm"])
+def test_a_chunk_as_long_as_the_prompt_is_one_reading(name: str) -> None:
+    model = tiny_model("llama")
+    dkv.enable(model)
+    whole, chunked = (dkv.EvictingCache(model, name, 0.3) for _ in range(2))
+    dkv.prefill(model, whole, prompt(300))
+    dkv.prefill(model, chunked, prompt(300), chunk_size=300)
+    assert torch.equal(whole.lengths, chunked.lengths)
+    assert all(
+        torch.equal(whole.kept_positions(layer, 0, head), chunked.kept_positions(layer, 0, head))
+        for layer in range(3)
+        for head in range(2)
+    )
+
+
+def test_chunks_leave_nothing_behind_that_only_they_needed() -> None:
+    model = tiny_model("llama")
+    dkv.enable(model)
+    whole, chunked = (dkv.EvictingCache(model, "layer-defensivekv", 0.3) for _ in range(2))
+    dkv.prefill(model, whole, prompt(300))
+    dkv.prefill(model, chunked, prompt(300), chunk_size=64)
+    assert whole.nbytes == chunked.nbytes
+    assert chunked.report().achieved == whole.report().achieved
+    assert chunked.report().shares == whole.report().shares
+    feed(model, chunked, prompt(40, seed=1))
+    assert chunked.layers[0].store.tail_length == 40, "a later turn is kept whole"
+
+
+def test_a_padded_batch_in_chunks_is_its_rows(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = tiny_model("llama")
+    dkv.enable(model)
+    lengths, longest = [200, 90], 200
+    rows = [prompt(length, seed=length) for length in lengths]
+    ids = torch.cat([torch.nn.functional.pad(row, (longest - row.shape[1], 0)) for row in rows])
+    mask = torch.stack([torch.arange(longest) >= longest - length for length in lengths]).long()
+    batch = dkv.EvictingCache(model, "layer-defensivekv", 0.4)
+    dkv.prefill(model, batch, ids, attention_mask=mask, chunk_size=50)
+    alone = dkv.EvictingCache(model, "layer-defensivekv", 0.4)
+    alone.expect(90)  # of which the batch's chunks show the last 40 and the 50 before
+    for chunk in rows[1].split([40, 50], dim=1):
+        feed(model, alone, chunk)
+    for layer in range(3):
+        for head in range(2):
+            shifted = batch.kept_positions(layer, 1, head) - 110
+            assert torch.equal(shifted, alone.kept_positions(layer, 0, head))
+    step = {
+        "attention_mask": torch.nn.functional.pad(mask, (0, 1), value=1),
+        "position_ids": torch.tensor([[200], [90]]),
+    }
+    together = feed(model, batch, prompt(1, rows=2), **step)
+    torch.testing.assert_close(together[1], feed(model, alone, prompt(1, rows=2)[1:])[0], rtol=1e-3, atol=1e-4)
+
+
+def test_under_a_bound_a_document_is_read_in_chunks_without_being_asked_to() -> None:
+    model = tiny_model("llama", max_position_embeddings=4096)
+    dkv.enable(model)
+    seen: list[int] = []
+    hook = model.model.layers[0].register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
+    dkv.prefill(model, dkv.EvictingCache(model, "defensivekv", max_entries=200), prompt(1200))
+    dkv.prefill(model, dkv.EvictingCache(model, "defensivekv", 0.5), prompt(1200))
+    hook.remove()
+    assert seen == [512, 512, 176, 1200]
+
+
+@pytest.mark.parametrize(
+    ("policy", "chunk_size", "message"),
+    [
+        ("layer-defensivekv", 20, "chunk_size 20 is less than the window of 32"),
+        ("layer-defensivekv", 0, "chunk_size 0 must be a positive integer"),
+        ("layer-defensivekv", 64.0, "chunk_size 64.0 must be a positive integer"),
+        ("cake", 64, "'cake' cannot evict in steps"),
+        ("kvzip", 64, "'kvzip' cannot evict in steps"),
+    ],
+)
+def test_chunks_that_nothing_can_be_decided_from_are_refused(
+    tokenizer: PreTrainedTokenizerBase, policy: str, chunk_size: Any, message: str
+) -> None:
+    model = tiny_model("llama")
+    dkv.enable(model)
+    cache = dkv.EvictingCache(model, policy, 0.3)
+    with pytest.raises(dkv.InvalidInputError, match=message):
+        dkv.prefill(model, cache, prompt(300), tokenizer=tokenizer, chunk_size=chunk_size)
+    assert cache.get_seq_length() == 0

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 import defensivekv as dkv
 from defensivekv.integrations.transformers.rotary import ModelRotary
 from defensivekv.policies import Policy
-from defensivekv.policies.policy import ScoredLayer
+from defensivekv.policies.scored import ScoredLayer
 from tests.integrations.transformers.models import ARCHITECTURES, feed, prompt, tiny_model
 
 

@@ -32,10 +32,12 @@ from defensivekv.integrations.transformers.model import (
     plan_layers,
     text_config,
 )
-from defensivekv.integrations.transformers.pending import Pending, QueryLog
+from defensivekv.integrations.transformers.pending import Pending
+from defensivekv.integrations.transformers.query_log import QueryLog
 from defensivekv.integrations.transformers.report import CacheReport, LayerReport
 from defensivekv.integrations.transformers.rotary import ModelRotary
 from defensivekv.integrations.transformers.stepping import Stepping
+from defensivekv.integrations.transformers.stock import has_forgotten, layer_bytes
 from defensivekv.integrations.transformers.texts import Texts
 from defensivekv.policies import Policy
 from defensivekv.policies import policy as make_policy
@@ -291,7 +293,7 @@ class EvictingCache(Cache):
                 "call activate_past_recording() before the forward pass whose tokens may be taken back, or fork the "
                 "cache"
             )
-        if any(_has_forgotten(layer) for layer in self.layers):
+        if any(has_forgotten(layer) for layer in self.layers):
             raise CacheError(
                 "cannot crop: sliding-window and linear layers have forgotten what came before; call "
                 "activate_past_recording() before the forward pass whose tokens may be taken back, or fork the cache"
@@ -407,7 +409,7 @@ class EvictingCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes held: prefixes with their positions, tails with the unused part of their buffers, stock layers."""
-        return sum(_layer_bytes(layer) for layer in self.layers)
+        return sum(layer_bytes(layer) for layer in self.layers)
 
     def report(self) -> CacheReport:
         """What was asked for, what was kept and what it takes, for each layer and in all."""
@@ -417,7 +419,7 @@ class EvictingCache(Cache):
             if isinstance(layer, EvictedLayer) and layer.store.view is not None:
                 view = layer.store.view
                 lengths = tuple(view.prefix.lengths[row] for row in view.rows)
-            layers.append(LayerReport(index, plan.kind, plan.evicted, bool(lengths), lengths, _layer_bytes(layer)))
+            layers.append(LayerReport(index, plan.kind, plan.evicted, bool(lengths), lengths, layer_bytes(layer)))
         texts = self._texts
         return CacheReport(
             policy=self.policy.name,
@@ -436,30 +438,3 @@ class EvictingCache(Cache):
             return self._decision.bytes_per_token
         sizes = self.stepping.sizes
         return sizes.num_layers * sizes.num_heads * (sizes.token_bytes + POSITION_BYTES)
-
-
-def _has_forgotten(layer: Any) -> bool:
-    """Whether a stock layer keeps no past to go back to."""
-    if isinstance(layer, EvictedLayer):
-        return False
-    if not layer.is_croppable:
-        return True
-    if getattr(layer, "record_past", True):
-        return False
-    return not getattr(layer, "is_sliding", False) or bool(layer.get_seq_length() >= layer.sliding_window)
-
-
-def _layer_bytes(layer: Any) -> int:
-    if isinstance(layer, EvictedLayer):
-        return layer.nbytes
-    states = [getattr(layer, name, None) for name in ("keys", "values", "indexer_keys")]
-    for name in ("conv_states", "recurrent_states"):
-        held = getattr(layer, name, None)
-        states.extend(held.values() if isinstance(held, dict) else [held])
-    # Of the storage: a sliding layer holds its window as a view of everything that it has just read.
-    storages = {
-        state.untyped_storage().data_ptr(): state.untyped_storage().nbytes()
-        for state in states
-        if isinstance(state, Tensor)
-    }
-    return sum(storages.values())

@@ -11,7 +11,7 @@ from fractions import Fraction
 import torch
 
 from defensivekv.policies import Policy
-from defensivekv.policies.policy import ScoredLayer
+from defensivekv.policies.scored import ScoredLayer
 from defensivekv.types import Kept, LayerScores
 
 

@@ -10,7 +10,8 @@ from transformers.cache_utils import CacheLayerMixin
 from defensivekv.cache import PrefixView, RaggedLayer
 from defensivekv.errors import CacheError
 from defensivekv.integrations.transformers.attention import tag
-from defensivekv.integrations.transformers.pending import Pending, QueryLog
+from defensivekv.integrations.transformers.pending import Pending
+from defensivekv.integrations.transformers.query_log import QueryLog
 from defensivekv.types import Keys, Values
 
 if TYPE_CHECKING:

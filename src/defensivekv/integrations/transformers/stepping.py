@@ -19,12 +19,13 @@ from defensivekv.errors import InvalidInputError
 from defensivekv.integrations.transformers.bound import Bound, LayerSizes, Limits
 from defensivekv.integrations.transformers.competition import Competition
 from defensivekv.integrations.transformers.decision import check_pads, say_what_is_whole
-from defensivekv.integrations.transformers.pending import Pending, QueryLog
+from defensivekv.integrations.transformers.pending import Pending
+from defensivekv.integrations.transformers.query_log import QueryLog
 from defensivekv.integrations.transformers.texts import Texts
 from defensivekv.policies import Observation, Policy
 from defensivekv.policies.evidence import Evidence
 from defensivekv.policies.layout import ABSENT, Layout
-from defensivekv.policies.policy import ScoredLayer
+from defensivekv.policies.scored import ScoredLayer
 from defensivekv.policies.steps import Stepper, check_evicts_in_steps, merged
 from defensivekv.types import Kept
 
