@@ -92,9 +92,10 @@ class WindowAttention:
 
     def __call__(self, row: Observation, window_size: int) -> Iterator[Part]:
         t, w = row.num_tokens, min(window_size, row.queries.shape[2])
-        if w < min(window_size, t):
+        scored = t - min(window_size, t)
+        if t - w > scored and row.layout is None:
             raise InvalidInputError(f"{w} queries do not fill the observation window of {window_size}: pass as many")
-        yield Part(attention_weights(row, row.queries[0, :, -w:], row.keys[0], first=t - w, of=slice(t - w)))
+        yield Part(attention_weights(row, row.queries[0, :, -w:], row.keys[0], first=t - w, of=slice(scored)))
 
 
 @dataclass(frozen=True)

@@ -315,3 +315,48 @@ def test_rows_that_the_batch_does_not_have_cannot_be_released(model: PreTrainedM
 def test_an_end_must_be_known_to_release_what_is_finished(model: PreTrainedModel) -> None:
     with pytest.raises(dkv.InvalidInputError, match="give end_tokens"):
         dkv.ReleaseFinished(_cache(model, max_entries=60))
+
+
+# ---------------------------------------------------------------------- a bound on what is stored already
+
+
+@pytest.mark.parametrize("name", ["layer-defensivekv", "defensivekv", "snapkv", "h2o", "streaming-llm"])
+def test_a_fork_under_a_bound_keeps_the_prompt_and_evicts_what_came_after(model: PreTrainedModel, name: str) -> None:
+    cache = _cache(model, name, 40)
+    feed(model, cache, prompt(150))
+    kept = [set(cache.kept_positions(layer, 0, head).tolist()) for layer in range(LAYERS) for head in range(HEADS)]
+    shared = cache.layers[0].store.view.prefix.keys.data_ptr()
+    entries = 40 + 32 + 20
+    fork = cache.fork(max_entries=entries, interval=6)
+    assert fork.layers[0].store.view.prefix.keys.data_ptr() == shared, "nothing is copied before something goes"
+    for number, size in enumerate([3, 30, *[1] * 60]):
+        feed(model, fork, prompt(size, seed=number))
+        assert _entries(fork) <= entries * LAYERS * HEADS
+    held = [set(fork.kept_positions(layer, 0, head).tolist()) for layer in range(LAYERS) for head in range(HEADS)]
+    assert all(before <= now for before, now in zip(kept, held, strict=True))
+    assert any(now - before for before, now in zip(kept, held, strict=True))
+    assert int(cache.lengths.sum()) == sum(map(len, kept))
+
+
+def test_a_fork_of_a_bounded_cache_may_be_given_more_and_then_evicts_from_all(model: PreTrainedModel) -> None:
+    cache = _cache(model, max_entries=60, interval=6)
+    feed(model, cache, prompt(150))
+    fork = cache.fork(max_entries=90, interval=6)
+    for number in range(80):
+        feed(model, fork, prompt(1, seed=number))
+        assert _entries(fork) <= 90 * LAYERS * HEADS
+    assert int(fork.lengths.sum()) > 75 * LAYERS * HEADS
+
+
+@pytest.mark.parametrize("name", ["layer-defensivekv", "defensivekv", "snapkv"])
+def test_a_bound_that_a_stored_prefix_exceeds_is_refused(model: PreTrainedModel, name: str) -> None:
+    for cache in (_cache(model, name, 0.5), _cache(model, name, max_entries=120)):
+        feed(model, cache, prompt(150))
+        with pytest.raises(dkv.BudgetError, match=r"holds \d+ entries per head of its prompt .* compress the prompt"):
+            cache.fork(max_entries=80)
+        feed(model, cache.fork(max_entries=300), prompt(1))
+    context_cache = _cache(model, name, 0.2)
+    feed(model, context_cache, prompt(150))
+    feed(model, context_cache, prompt(60, seed=1))
+    with pytest.raises(dkv.BudgetError, match="and 60 tokens after it"):
+        context_cache.fork(max_entries=80)

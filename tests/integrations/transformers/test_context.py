@@ -70,6 +70,16 @@ def test_a_bounded_document_answers_within_its_bound(model: PreTrainedModel) -> 
     assert int(context.cache.lengths.sum()) == (96 - 12) * 3 * 2
 
 
+def test_an_answer_may_be_bounded_by_itself(model: PreTrainedModel) -> None:
+    context = dkv.compress(model, small_tokenizer(), DOCUMENT, "layer-defensivekv", 0.3)
+    held = context.cache.lengths
+    assert context.ask("w7 w8 w9", max_new_tokens=60, max_entries=1000) == context.ask("w7 w8 w9", max_new_tokens=60)
+    context.ask("w7 w8 w9", max_new_tokens=60, max_entries=160)
+    assert torch.equal(context.cache.lengths, held)
+    with pytest.raises(dkv.BudgetError, match=r"holds 91 entries per head .* a bound of 100"):
+        context.ask("w7 w8 w9", max_entries=100)
+
+
 def test_an_adaptive_budget_says_what_it_came_to(model: PreTrainedModel) -> None:
     context = dkv.compress(model, small_tokenizer(), DOCUMENT, "layer-defensivekv", "auto:0.6,max=0.9")
     report = context.report()

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from math import floor
+from math import ceil, floor
 
 from defensivekv.budget import POSITION_BYTES, Budget
 from defensivekv.errors import BudgetError, InvalidInputError
@@ -90,6 +90,29 @@ class Bound:
             self._check(even, f"a bound of {self.max_batch_bytes} bytes for {num_rows} sequences")
             together = even * num_rows
         return Limits(min(each) if each else None, together, interval)
+
+    def check_stored(self, lengths: list[list[list[int]]], tail: int, *, is_pinned: bool) -> None:
+        """Raises BudgetError where what is held already is more than the bound on entries allows.
+
+        lengths: of the prefix, [layer][row][head]. tail: tokens after it. is_pinned: whether the prefix stays.
+        """
+        allocation, entries = self.stepper.policy.allocation, self.max_entries
+        if entries is None or not lengths:
+            return
+        rows = [[layer[row] for layer in lengths] for row in range(len(lengths[0]))]
+        if allocation.spans_layers:
+            most = max(sum(map(sum, row)) / sum(map(len, row)) for row in rows)
+        elif "levels" in allocation.needs:
+            most = max(sum(heads) / len(heads) for row in rows for heads in row)
+        else:
+            most = max(length for row in rows for heads in row for length in heads)
+        room = entries - self.interval_for(entries) - (self.stepper.num_protected if is_pinned else 0)
+        if most > room or tail > entries - most:
+            raise BudgetError(
+                f"the cache holds {ceil(most)} entries per head of its prompt and {tail} tokens after it, and a bound "
+                f"of {entries} has room for {max(0, room)} beside the latest tokens: give a larger bound, or compress the "
+                "prompt further"
+            )
 
     def _check(self, prefix: int, named: str) -> None:
         if prefix < self._staying:

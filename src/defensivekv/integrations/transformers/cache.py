@@ -355,8 +355,13 @@ class EvictingCache(Cache):
 
     # ------------------------------------------------------------------ forks
 
-    def fork(self) -> "EvictingCache":
-        """A cache that goes on by itself from here. The prefix is shared, what came after it is copied."""
+    def fork(self, *, max_entries: int | None = None, interval: int | None = None) -> "EvictingCache":
+        """A cache that goes on by itself from here. The prefix is shared, what came after it is copied.
+
+        max_entries, interval: a bound of its own for the fork, as for a new cache. What a cache without a bound holds
+        of its prompt then stays, and what comes after competes for the rest. Raises BudgetError where the bound has
+        no room for that.
+        """
         is_underway = self._decision.is_underway or (self.stepping is not None and self.stepping.is_underway)
         if is_underway or any(layer.pending is not None for layer in self._evicted):
             raise CacheError("the cache cannot be forked in the middle of a forward pass")
@@ -374,7 +379,25 @@ class EvictingCache(Cache):
                 twin.layers.append(forked)
             else:
                 twin.layers.append(copy.deepcopy(layer))
+        if max_entries is not None or interval is not None:
+            twin._put_under(max_entries, interval)
         return twin
+
+    def _put_under(self, max_entries: int | None, interval: int | None) -> None:
+        """A bound from here on."""
+        texts, was_bounded = self._texts, self.is_bounded
+        self._bound = bound_of(replace(self.policy, budget=Budget.parse(1.0)), max_entries, None, interval)
+        stepping = self._new_stepping()
+        assert stepping is not None
+        first = self._evicted[0].store
+        if not was_bounded:
+            stepping.pinned = first.seen - first.tail_length
+        stepping.texts = texts
+        self.stepping = stepping
+        for layer in self._evicted:
+            layer.log = stepping.new_log() if first.seen else None
+        assert self._bound is not None
+        self._bound.check_stored(self.lengths.tolist(), first.tail_length, is_pinned=not was_bounded)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "EvictingCache":
         return self.fork()

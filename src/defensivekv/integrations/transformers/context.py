@@ -71,11 +71,16 @@ class Context:
         """The answer's text; see `answer`."""
         return self.answer(question, max_new_tokens=max_new_tokens, **generate_options).text
 
-    def answer(self, question: str, *, max_new_tokens: int = 64, **generate_options: Any) -> Answer:
+    def answer(
+        self, question: str, *, max_new_tokens: int = 64, max_entries: int | None = None, **generate_options: Any
+    ) -> Answer:
         """Answers from the document, greedily unless `generate_options` say otherwise.
 
-        generate_options: passed on to the model's `generate`. Raises InvalidInputError for an empty question,
-        and where document, question and answer exceed the model's positions.
+        max_entries: that may be held meanwhile, per head on average: what was kept of the document, which stays, with
+        what is held of question and answer. generate_options: passed on to the model's `generate`.
+
+        Raises InvalidInputError for an empty question, and where document, question and answer exceed the model's
+        positions; BudgetError for a bound that has no room beside the document.
         """
         if not question.strip():
             raise InvalidInputError("the question is empty")
@@ -85,7 +90,7 @@ class Context:
         # Some models' own generation settings name a kind of cache, which a cache that is passed contradicts.
         defaults = {"do_sample": False, "max_new_tokens": max_new_tokens, "cache_implementation": None}
         options = defaults | generate_options
-        cache = self.cache.fork()
+        cache = self.cache.fork(max_entries=max_entries)
         # generate() makes as many rows of the question, and leaves those of a filled cache to its caller.
         cache.batch_repeat_interleave(_num_rows(self.model, options))
         start = time.perf_counter()

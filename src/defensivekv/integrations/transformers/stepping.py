@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -38,6 +38,7 @@ class Stepping:
 
     bound: what may be held at any moment; None: only the prompt's chunks are evicted from. expected: tokens of the
     prompt, pads counted; None: whatever comes first. texts: the rows of the batch, as far as they were decided on.
+    pinned: tokens of the batch, of whose entries what is held was decided on before this began, and stays.
     """
 
     def __init__(self, policy: Policy, layers: tuple[int, ...], bound: Bound | None) -> None:
@@ -47,6 +48,7 @@ class Stepping:
         self.bound = bound
         self.expected: int | None = None
         self.texts = Texts()
+        self.pinned = 0
         self.sizes: LayerSizes | None = None
         self._competition = Competition(policy, layers)
         self._grown = Texts()
@@ -55,7 +57,7 @@ class Stepping:
     def fork(self) -> "Stepping":
         """The same, to go on by itself."""
         twin = Stepping(self.policy, self._competition.layers, self.bound)
-        twin.expected, twin.texts, twin.sizes = self.expected, self.texts, self.sizes
+        twin.expected, twin.texts, twin.sizes, twin.pinned = self.expected, self.texts, self.sizes, self.pinned
         return twin
 
     @property
@@ -132,7 +134,9 @@ class Stepping:
         for number, row in enumerate(rows):
             if row is None:
                 continue
-            rated = self.stepper.rate(row.evidence, row.facts, row.layout, min(Fraction(1), shares[number]))
+            rated = self.stepper.rate(row.evidence, row.facts, row.layout, shares[number])
+            if row.pinned is not None:
+                rated.masked_fill_(row.pinned, float("inf"))
             scores[number][:, row.places], facts[number][:, row.places] = rated, row.facts
         tokens, count = self._grown.tokens, len(layers)
         scored = ScoredLayer(scores, tokens, (1.0,) * b, index, count, (0,) * b)
@@ -214,13 +218,20 @@ class Stepping:
         width = store.num_slots - tail.used
         prefix = torch.arange(width - held.slots.shape[1], width, device=keys.device)
         tokens = torch.arange(tail.used, device=keys.device) if own is None else own
-        return _Row(evidence, facts, layout, torch.cat((prefix, width + tokens)))
+        return _Row(evidence, facts, layout, torch.cat((prefix, width + tokens)), self._pinned(held, layout))
+
+    def _pinned(self, held: "_Held", layout: Layout) -> Bool[Tensor, "h m"] | None:
+        if not self.pinned or held.view is None:
+            return None
+        positions = held.view.prefix.positions[held.slots.clamp_min(0)]
+        pinned = (positions < self.pinned) & (held.slots >= 0)
+        return F.pad(pinned, (0, layout.num_slots - pinned.shape[1]))
 
     def _facts_of(
         self, held: "_Held", keys: Tensor, values: Tensor, queries: Tensor, before: int, pending: Pending
     ) -> Float[Tensor, "h m f"]:
         if keys.shape[1] == 0:
-            return held.facts()
+            return held.facts(self.stepper.num_facts)
         arriving = Observation(
             queries=queries[None, :, -1:],
             keys=keys[None],
@@ -228,7 +239,7 @@ class Stepping:
             output_projection=pending.projection(values, self.policy),
         )
         new = self.stepper.arrive(arriving, before)
-        return torch.cat((held.facts(), new), dim=1) if held.slots.shape[1] else new
+        return torch.cat((held.facts(self.stepper.num_facts), new), dim=1) if held.slots.shape[1] else new
 
     def _layout(self, row: int, held: "_Held", new: int, before: int) -> Layout:
         slots = held.slots.shape[1] + new
@@ -286,12 +297,13 @@ class Stays:
 
 @dataclass(frozen=True)
 class _Row:
-    """One row of a layer, heard. places: of its slots, in those of the batch."""
+    """One row of a layer, heard. places: of its slots, in those of the batch. pinned: slots whose entries stay."""
 
     evidence: Evidence
     facts: Float[Tensor, "h m f"]
     layout: Layout
     places: Int[Tensor, " m"]
+    pinned: Bool[Tensor, "h m"] | None
 
 
 @dataclass(frozen=True)
@@ -301,11 +313,12 @@ class _Held:
     view: PrefixView | None
     slots: Int[Tensor, "h p"]
 
-    def facts(self) -> Float[Tensor, "h p f"]:
-        """Zero in empty slots."""
+    def facts(self, count: int) -> Float[Tensor, "h p f"]:
+        """Zero in empty slots, and where nothing is known."""
         assert self.view is not None
         known = self.view.prefix.facts
-        assert known is not None
+        if known is None:
+            return torch.zeros(*self.slots.shape, count, device=self.slots.device)
         return known[self.slots.clamp_min(0)].masked_fill_((self.slots < 0).unsqueeze(-1), 0.0)
 
     def joined(self, slots: Int[Tensor, "h p"], new: Float[Tensor, "h x d"], name: str) -> Float[Tensor, "h m d"]:
