@@ -14,7 +14,8 @@ class Settings:
     that it is timed on. logical_lengths: tokens seen, while the stored entries stay those of `budget` of the
     shortest. short, medium, long: repetitions of calls that take milliseconds, tenths of a second, and seconds.
     model: changes to the model's configuration. endless_tokens, bound: tokens generated, and entries per head that may
-    be held meanwhile. memory_lengths, chunk_size: prompts whose peak is measured, and tokens read at a time. thin:
+    be held meanwhile. memory_lengths, memory_ways, chunk_size: prompts whose peak is measured, how
+    they are read, and tokens read at a time. thin:
     changes that make the model one of little but a cache.
     has_targets: whether the figures can be held against the targets.
     """
@@ -37,6 +38,7 @@ class Settings:
     endless_tokens: int = 100_000
     bound: int = 1024
     memory_lengths: tuple[int, ...] = (2048, 4096, 8192, 16384)
+    memory_ways: tuple[str, ...] = ("full", "two passes", "streaming", "per layer", "chunked", "bounded")
     chunk_size: int = 512
     thin: tuple[tuple[str, Any], ...] = (
         ("hidden_size", 256),
@@ -72,7 +74,8 @@ QUICK = Settings(
     ),
     endless_tokens=200,
     bound=64,
-    memory_lengths=(128, 256),
+    memory_lengths=(128,),
+    memory_ways=("bounded",),
     chunk_size=64,
     thin=(),
     has_targets=False,

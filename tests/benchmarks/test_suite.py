@@ -23,7 +23,9 @@ def test_the_quick_run_writes_settings_versions_and_samples(tmp_path: Path, caps
     assert found["versions"]["torch"] == torch.__version__
     assert found["not_run"] == []
     names = {result["name"] for result in found["results"]}
-    assert names == {"attention-float32", "attention-bfloat16", "decode-step", "logical-length", "prefill"}
+    speed = {"attention-float32", "attention-bfloat16", "decode-step", "logical-length", "prefill"}
+    endless = {f"endless-{name}" for name in ("layer-defensivekv", "h2o", "tova", "streaming-llm")}
+    assert names == speed | endless | {"memory"}
     for result in found["results"]:
         assert result["settings"]
         assert all(len(times) > 0 and min(times) > 0 for times in result["samples_s"].values())

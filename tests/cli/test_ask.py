@@ -29,6 +29,17 @@ def test_each_question_is_answered_from_a_file_compressed_once(document: str) ->
         assert question.answer[0] in result.output
 
 
+def test_a_document_can_be_read_in_chunks_and_answered_within_a_bound(document: str) -> None:
+    options = ["--budget", "auto:0.8", "--max-new-tokens", "8"]
+    result = runner.invoke(app, ["ask", "--context", document, *QUESTIONS[:2], *options])
+    assert result.exit_code == 0, result.output
+    assert "budget auto:0.8 (came to" in " ".join(result.output.split())
+    options = ["--budget", "0.5", "--max-entries", "200", "--chunk-size", "128", "--max-new-tokens", "8"]
+    result = runner.invoke(app, ["ask", "--context", document, *QUESTIONS[:2], *options])
+    assert result.exit_code == 0, result.output
+    assert "budget 0.5, at most 200 entries per head" in " ".join(result.output.split())
+
+
 def test_a_dash_reads_standard_input_and_a_model_can_be_named() -> None:
     arguments = ["ask", dkv.demo_model(), "--context", "-", *QUESTIONS[:2], "--policy", "full", "--dtype", "float32"]
     result = runner.invoke(app, arguments, input=SAMPLE.document)
@@ -48,6 +59,8 @@ def test_a_dash_reads_standard_input_and_a_model_can_be_named() -> None:
         (["--context", "FILE", "--question", "why", "--policy", "snapvk"], "did you mean 'snapkv'"),
         (["--context", "FILE", "--question", "why", "--template", "fancy"], "auto, chat or plain"),
         (["--context", "FILE", "--question", "why", "--dtype", "int3"], "unknown dtype"),
+        (["--context", "FILE", "--question", "why", "--chunk-size", "8"], "less than the window"),
+        (["--context", "FILE", "--question", "why", "--max-entries", "20"], "give a larger bound"),
         (["no/such/model", "--context", "FILE", "--question", "why"], "cannot load"),
         (["--context", "FILE", "--question", "why", "--device", "abacus"], "device"),
     ],

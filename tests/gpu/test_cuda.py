@@ -127,6 +127,21 @@ def test_a_left_padded_batch_equals_its_rows_one_at_a_time() -> None:
         assert together.sequences[row, PROMPT:].tolist() == alone.sequences[0, tokens.shape[1] :].tolist()
 
 
+@pytest.mark.parametrize("name", ["layer-defensivekv", "defensivekv", "h2o", "streaming-llm"])
+def test_chunks_and_a_bound_decide_as_on_a_cpu(name: str) -> None:
+    sizes = [*[64] * 4, 44, *[1] * 60]
+    kept = []
+    for device in (torch.device("cpu"), DEVICE):
+        model = tiny_model("llama").to(device)
+        dkv.enable(model)
+        cache = dkv.EvictingCache(model, name, 0.4, max_entries=150, interval=11)
+        cache.expect(300)
+        logits = _feed(model, cache, *prompt(360).to(device).split(sizes, dim=1))[-1]
+        kept.append((logits.cpu(), cache.lengths))
+    torch.testing.assert_close(kept[0][0], kept[1][0], atol=1e-3, rtol=0)
+    assert torch.equal(kept[0][1], kept[1][1])
+
+
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="counts the CUDA allocator's bytes")
 def test_evicted_entries_are_freed() -> None:
     model = tiny_model("llama", num_key_value_heads=4, head_dim=64, max_position_embeddings=8192).to(DEVICE)

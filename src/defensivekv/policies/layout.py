@@ -8,8 +8,7 @@ A prompt that nothing was evicted from fills every slot, slot by slot its tokens
 
 from dataclasses import dataclass
 
-import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 ABSENT = -(2**30)
@@ -37,17 +36,3 @@ class Layout:
     def first_positions(self, count: int) -> Int[Tensor, "h n"] | None:
         """Positions of the first `count` slots."""
         return None if self.positions is None else self.positions[:, :count]
-
-
-def align_right(flat: Float[Tensor, "s *f"], lengths: list[int], fill: float) -> Float[Tensor, "h m *f"]:
-    """What lies one head after the other, each head's in the last slots of its row."""
-    longest = max(lengths, default=0)
-    slots = flat.new_full((len(lengths), longest, *flat.shape[1:]), fill)
-    slots[filled(lengths, longest, flat.device)] = flat
-    return slots
-
-
-def filled(lengths: list[int], num_slots: int, device: torch.device) -> Bool[Tensor, "h m"]:
-    """Which of the slots hold an entry."""
-    first = num_slots - torch.tensor(lengths, device=device)
-    return torch.arange(num_slots, device=device) >= first[:, None]

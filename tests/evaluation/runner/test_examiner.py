@@ -83,6 +83,26 @@ def test_a_record_holds_what_was_held() -> None:
     assert set(record.versions) >= {"torch", "transformers", "defensivekv"}
 
 
+def test_documents_read_in_chunks_are_held_to_the_same_budget() -> None:
+    loaded = byte_model(), byte_tokenizer()
+    whole, chunked = (
+        records_of(loaded, plan_of([policy], budgets=[0.3], batch_size=2), [sample(0), sample(1)])
+        for policy in (SMALL, {**SMALL, "chunk_size": 16} if isinstance(SMALL, dict) else f"{SMALL}+chunk_size=16")
+    )
+    for one, other in zip(whole, chunked, strict=True):
+        assert (one.status, other.status) == ("ok", "ok")
+        assert sum(map(sum, one.lengths)) == sum(map(sum, other.lengths))
+        assert one.lengths != other.lengths
+        assert one.cache_bytes == other.cache_bytes
+
+
+def test_an_adaptive_budget_is_recorded_with_what_it_came_to() -> None:
+    loaded = byte_model(), byte_tokenizer()
+    (record,) = records_of(loaded, plan_of([SMALL], budgets=["auto:0.5"]), [sample()])
+    assert (record.status, record.budget) == ("ok", "auto:0.5")
+    assert 0.1 < record.achieved < 0.9
+
+
 def test_a_failure_is_the_one_samples_whose_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = byte_model(), byte_tokenizer()
     read = read_prompts

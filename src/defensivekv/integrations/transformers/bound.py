@@ -110,8 +110,8 @@ class Bound:
         if most > room or tail > entries - most:
             raise BudgetError(
                 f"the cache holds {ceil(most)} entries per head of its prompt and {tail} tokens after it, and a bound "
-                f"of {entries} has room for {max(0, room)} beside the latest tokens: give a larger bound, or compress the "
-                "prompt further"
+                f"of {entries} has room for {max(0, room)} beside the latest tokens: give a larger bound, or compress "
+                "the prompt further"
             )
 
     def _check(self, prefix: int, named: str) -> None:
