@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import defensivekv as dkv
-from defensivekv import Observation
+from defensivekv import Budget, Observation
 from defensivekv.policies.scored import entries_of_mass
 from tests.policies import oracle
-from tests.policies.cases import Shape, count_kept, observation, seeds
+from tests.policies.cases import Shape, count_kept, observation, observation_for, policy_of, seeds
 
 SHAPE = Shape(h=2, g=2, w=4, t=90, d=6, v=5)
 
@@ -48,6 +48,19 @@ def test_the_budget_is_the_smallest_that_holds_the_mass_of_every_head(
     kept = count_kept(policy.select(layers))
     # What each layer rounds down; and an entry on the edge of the mass, for each head.
     assert needed - 3 - 6 <= kept <= needed + 6
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=seeds(), mass=st.sampled_from([0.3, 0.6, 0.9]))
+@pytest.mark.parametrize("name", ["defensivekv", "layer-defensivekv", "ada-criticalkv", "cake", "h2o", "pyramidkv"])
+def test_what_stays_is_what_a_fixed_budget_of_that_size_keeps(name: str, seed: int, mass: float) -> None:
+    layers = [observation_for(name, SHAPE, seed + number) for number in range(3)]
+    policy = policy_of(name, f"auto:{mass}")
+    scored = [policy.score(layer, index=index, num_layers=3) for index, layer in enumerate(layers)]
+    _, (share,) = policy.settle(scored, [Fraction(1)])
+    fixed = replace(policy, budget=Budget("share", share))
+    pairs = zip(policy.select(layers), fixed.select(layers), strict=True)
+    assert share == 1 or all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
 
 def test_a_prompt_with_few_important_entries_keeps_less_than_one_with_many() -> None:

@@ -1,7 +1,7 @@
 """A policy: the frozen composition of scoring, aggregation, weighting, allocation and a budget."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from math import ceil, floor
 
@@ -16,7 +16,7 @@ from defensivekv.policies.allocation import Allocation, Contender
 from defensivekv.policies.evidence import Evidence, observe
 from defensivekv.policies.layout import Layout
 from defensivekv.policies.observation import Observation
-from defensivekv.policies.scored import LayerKept, ScoredLayer, ScoredRow, entries_of_mass
+from defensivekv.policies.scored import LayerKept, ScoredLayer, ScoredRow, entries_of_mass, place_rows
 from defensivekv.policies.scoring import Scorer
 from defensivekv.policies.weighting import Weighting
 from defensivekv.types import Kept, SlotScores
@@ -165,28 +165,20 @@ class Policy:
         given = [None] * len(shares) if evidence is None else evidence
         rows = list(observation.rows())
         scored = [self._score_row(row, share, seen) for row, share, seen in zip(rows, shares, given, strict=True)]
-        scores, valid = [row.scores for row in scored], observation.valid
-        if valid is None:
-            padded = torch.stack(scores)
-        else:
-            b, h, t = observation.keys.shape[:3]
-            padded = scores[0].new_full((b, h, t), float("-inf"))
-            for row, row_scores in enumerate(scores):
-                padded[row][:, valid[row]] = row_scores
         return ScoredLayer(
-            padded,
+            place_rows([row.scores for row in scored], observation.valid),
             tuple(row.num_prompt_tokens for row in rows),
             tuple(row.preference for row in scored),
             index,
             num_layers,
-            tuple(row.needed for row in scored),
+            tuple(scored) if self.budget.is_adaptive else (),
         )
 
     def keep(self, layers: Sequence[ScoredLayer], shares: Sequence[Fraction]) -> list[LayerKept]:
         """The kept sets, (b, h, t) for each layer; of layers that were evicted from before, in their own slots.
 
         layers: every layer that competes, from `score`: one layer, or all of them where the policy `spans_layers`; of
-        fewer, whatever may stay in the end. shares: for each row, from `row_share` or `final_shares`.
+        fewer, whatever may stay in the end. shares: for each row, from `row_share` or `settle`.
         """
         kept = [torch.zeros_like(layer.scores, dtype=torch.bool) for layer in layers]
         for row, share in enumerate(shares):
@@ -211,18 +203,31 @@ class Policy:
         tokens, preference = layer.num_tokens[row], layer.preferences[row]
         return Contender(scores, layer.index, layer.num_layers, preference, self.num_window, tokens)
 
-    def final_shares(self, layers: Sequence[ScoredLayer], shares: Sequence[Fraction]) -> list[Fraction]:
-        """What each row keeps, once all layers are scored: as `row_share` said, or what an adaptive budget comes to."""
+    def settle(
+        self, layers: Sequence[ScoredLayer], shares: Sequence[Fraction]
+    ) -> tuple[list[ScoredLayer], list[Fraction]]:
+        """Once all layers are scored: their scores and what each row keeps.
+
+        An adaptive budget is known only then. The scores are made again with it, as with a fixed one of that size.
+        """
         if not self.budget.is_adaptive:
-            return list(shares)
+            return list(layers), list(shares)
         heads = sum(layer.scores.shape[1] for layer in layers)
         final = []
         for row, most in enumerate(shares):
-            entries = heads * layers[0].num_tokens[row]
-            asked = max(self.budget.least, Fraction(sum(layer.needed[row] for layer in layers), entries))
-            staying = Fraction(self.num_staying, layers[0].num_tokens[row])
-            final.append(min(most, max(asked, staying)))
-        return final
+            tokens = layers[0].num_tokens[row]
+            needed = Fraction(sum(layer.rows[row].needed for layer in layers), heads * tokens)
+            final.append(min(most, max(needed, self.budget.least, Fraction(self.num_staying, tokens))))
+        return [self._rescored(layer, final) for layer in layers], final
+
+    def _rescored(self, layer: ScoredLayer, shares: Sequence[Fraction]) -> ScoredLayer:
+        scores = layer.scores.clone()
+        for number, (row, share) in enumerate(zip(layer.rows, shares, strict=True)):
+            assert row.evidence is not None
+            layout = Layout(row.scores.shape[-1], layer.num_tokens[number])
+            there = layer.scores[number, 0] > float("-inf")
+            scores[number][:, there] = self.rate(row.evidence, row.measured, layout, share)
+        return replace(layer, scores=scores, rows=())
 
     def select(self, observations: list[Observation]) -> list[Kept]:
         """What to keep of a prompt: a bool tensor (b, h, t) for each layer's observation.
@@ -237,7 +242,7 @@ class Policy:
         count = len(observations)
         scored = [self._score(observation, shares, index, count) for index, observation in enumerate(observations)]
         if self.spans_layers:
-            return self.keep(scored, self.final_shares(scored, shares))
+            return self.keep(*self.settle(scored, shares))
         return [self.keep([layer], shares)[0] for layer in scored]
 
     @property
@@ -262,18 +267,18 @@ class Policy:
     def _score_row(self, row: Observation, share: Fraction, evidence: Evidence | None) -> ScoredRow:
         if share >= 1 and not self.budget.is_adaptive:
             row.check_finite()
-            everything = torch.full((row.num_heads, row.num_tokens), float("inf"), device=row.keys.device)
-            return ScoredRow(everything, 1.0, everything.numel())
+            return ScoredRow(torch.full((row.num_heads, row.num_tokens), float("inf"), device=row.keys.device))
         seen = self._observe(row) if evidence is None else evidence
         measured = None if self.weighting is None else self.weighting.measure(row)
-        scores = self.rate(seen, measured, row.row_layout, share)
         preference = self.allocation.preference
         asked = 1.0 if preference is None or seen.measured is None else preference.finish(seen.measured)
-        needed = 0
         if self.budget.is_adaptive:
-            staying = row.num_heads * (row.num_prompt_tokens - seen.reduced.shape[-1])
-            needed = staying + entries_of_mass(seen.reduced, self.budget.amount)
-        return ScoredRow(scores, asked, needed)
+            unrated = torch.zeros(row.num_heads, row.num_prompt_tokens, device=row.keys.device)
+            staying = row.num_heads * (row.num_prompt_tokens - seen.num_scored)
+            return ScoredRow(
+                unrated, asked, seen, measured, staying + entries_of_mass(seen.reduced, self.budget.amount)
+            )
+        return ScoredRow(self.rate(seen, measured, row.row_layout, share), asked)
 
     def rate(self, evidence: Evidence, measured: SlotScores | None, layout: Layout, share: Fraction) -> SlotScores:
         """Scores of one row's slots, from what was seen of them: (h, m), -inf where a slot is empty.

@@ -1,15 +1,33 @@
 """Layers whose entries are scored, on their way to the allocation."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from defensivekv.types import HeadScores, LayerScores
+from defensivekv.policies.evidence import Evidence
+from defensivekv.types import HeadScores, LayerScores, SlotScores
 
 LayerKept = Bool[Tensor, "b _ _"]
 """As `Kept`, of a layer among others that may hold more or less."""
+
+
+@dataclass(frozen=True)
+class ScoredRow:
+    """One row's entries of one layer, scored.
+
+    scores: (h, t). preference: of the layer. evidence, measured: what the scores were made of, where an adaptive budget
+    will have them made again; needed: entries that it asks for, over the heads.
+    """
+
+    scores: Float[Tensor, "h t"]
+    preference: float = 1.0
+    evidence: Evidence | None = None
+    measured: SlotScores | None = None
+    needed: int = 0
 
 
 @dataclass(frozen=True)
@@ -18,8 +36,7 @@ class ScoredLayer:
 
     scores: (b, h, t) float32; the higher, the more worth keeping; pads and slots without an entry score -inf, rows
     that are kept whole inf. num_tokens: of each row's text, pads left out. preferences: of each row.
-    index: of the layer among the `num_layers` evicted ones. needed: of each row, entries that an adaptive budget asks
-    for, over the heads.
+    index: of the layer among the `num_layers` evicted ones. rows: what an adaptive budget decides on.
     """
 
     scores: LayerScores
@@ -27,16 +44,17 @@ class ScoredLayer:
     preferences: tuple[float, ...]
     index: int
     num_layers: int
-    needed: tuple[int, ...]
+    rows: tuple[ScoredRow, ...] = ()
 
 
-@dataclass(frozen=True)
-class ScoredRow:
-    """One row of a `ScoredLayer`."""
-
-    scores: Float[Tensor, "h t"]
-    preference: float
-    needed: int
+def place_rows(scores: Sequence[Float[Tensor, "h _"]], valid: Bool[Tensor, "b t"] | None) -> LayerScores:
+    """Scores of a batch, (b, h, t), from those of its rows. valid: False at pads, which score -inf."""
+    if valid is None:
+        return torch.stack(list(scores))
+    padded = scores[0].new_full((len(scores), scores[0].shape[0], valid.shape[1]), float("-inf"))
+    for row, row_scores in enumerate(scores):
+        padded[row][:, valid[row]] = row_scores
+    return padded
 
 
 def entries_of_mass(importance: HeadScores, mass: Fraction) -> int:

@@ -85,6 +85,9 @@ def test_budgets_are_read_from_the_words_that_budgets_have_for_themselves() -> N
     assert sorted(["0.2", "what?", "1024"], key=budget_rank) == ["0.2", "1024", "what?"]
     assert [budget_share(text) for text in texts[:3]] == list(shares)
     assert {budget_share(text) for text in texts[3:]} == {None}
+    mixed = ["auto:0.9", "1024", "auto:0.5", "0.9", "1.0 MiB"]
+    assert sorted(mixed, key=budget_rank) == ["0.9", "auto:0.5", "auto:0.9", "1024", "1.0 MiB"]
+    assert (budget_share("auto:0.5"), budget_label("auto:0.5")) == (None, "auto:0.5")
     assert budget_label("0.2") == "20 %"
     assert budget_label("0.125") == "12.5 %"
     assert budget_label("1024 entries per head") == "1024 entries per head"

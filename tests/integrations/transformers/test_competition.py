@@ -11,7 +11,7 @@ from torch import Tensor
 from defensivekv import Budget, Policy
 from defensivekv.integrations.transformers.competition import Competition, compacted_scores
 from defensivekv.policies.aggregation import Max, MeanAndVariance
-from defensivekv.policies.allocation import AcrossLayers, Allocation, ByPreference, PerHead, PerLayer, PerPosition
+from defensivekv.policies.allocation import AcrossLayers, Allocation, ByPreference, PerLayer
 from defensivekv.policies.preference import DispersionAndShift
 from defensivekv.policies.scored import ScoredLayer
 from defensivekv.policies.scoring import WindowAttention
@@ -20,10 +20,10 @@ from tests.policies.cases import seeds
 WINDOW = 2
 
 
-def _policy(allocation: Allocation, budget: str = "0.5") -> Policy:
+def _policy(allocation: Allocation) -> Policy:
     aggregation = MeanAndVariance() if isinstance(allocation, ByPreference) else Max()
     parts = (WindowAttention(), allocation, aggregation)
-    return Policy("streamed", Budget.parse(budget), *parts, window_size=WINDOW)
+    return Policy("streamed", Budget.parse(0.5), *parts, window_size=WINDOW)
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,8 @@ class _Case:
         order[..., t - WINDOW :] = float("inf")
         for row, length in enumerate(self.tokens):
             order[:, row, :, : t - length] = float("-inf")
-        asked = torch.rand(count, b, generator=generator).tolist()
-        needed = [
-            tuple(h * (WINDOW + int(part * (length - WINDOW))) for part, length in zip(parts, self.tokens, strict=True))
-            for parts in asked
-        ]
         return [
-            ScoredLayer(order[index], tuple(self.tokens), self.preferences[index], index, count, needed[index])
+            ScoredLayer(order[index], tuple(self.tokens), self.preferences[index], index, count)
             for index in range(count)
         ]
 
@@ -90,8 +85,7 @@ def _entries(scores: Tensor) -> set[float]:
 
 
 def _at_once(policy: Policy, layers: list[ScoredLayer], shares: list[Fraction]) -> list[set[float]]:
-    final = policy.final_shares(layers, shares)
-    kept = policy.keep(layers, final)
+    kept = policy.keep(layers, shares)
     return [_entries(layer.scores[mask]) for layer, mask in zip(layers, kept, strict=True)]
 
 
@@ -127,21 +121,6 @@ def test_by_preference_too_and_the_peak_is_an_entry_for_each_head_more(case: _Ca
     heads = h * len(layers)
     budget = sum(int(tokens * part * heads) for tokens, part in zip(layers[0].num_tokens, shares, strict=True))
     assert max(peaks) <= budget + b * heads + _count(layers[0].scores)
-
-
-@settings(max_examples=100)
-@given(
-    case=cases(),
-    allocation=st.sampled_from([AcrossLayers(), PerLayer(), PerLayer(Fraction(1, 5)), PerHead(), PerPosition()]),
-    most=st.integers(30, 100).map(lambda percent: Fraction(percent, 100)),
-)
-def test_an_adaptive_budget_streams_at_its_maximum_and_ends_at_what_it_came_to(
-    case: _Case, allocation: Allocation, most: Fraction
-) -> None:
-    layers = case.layers()
-    policy, shares = _policy(allocation, f"auto:0.9,max={float(most)}"), _shares(layers, most)
-    kept, _ = _streamed(policy, layers, shares)
-    assert kept == _at_once(policy, layers, shares)
 
 
 @given(case=cases(), share=SHARES)

@@ -54,6 +54,7 @@ LONGBENCH = {
 
 _NEEDLEWORLD = ("single_key", "multi_key", "multi_value", "multi_query", "variable_chain")
 _SUITES = ("longbench", "ruler", "niah", "needleworld")
+_BUDGETS = ("share", "adaptive", "entries", "bytes")
 _TASKS = (*(task for tasks in LONGBENCH.values() for task in tasks), *RULER, *_NEEDLEWORLD)
 
 
@@ -70,7 +71,7 @@ class Group(NamedTuple):
 
 
 class BudgetRank(NamedTuple):
-    """Sorts shares before entries before bytes before what is not understood, each by amount."""
+    """Sorts shares, adaptive budgets, entries, bytes, and what is not understood, in this order, each by amount."""
 
     kind: int
     amount: float
@@ -114,8 +115,8 @@ def budget_rank(text: str) -> BudgetRank:
     try:
         budget = Budget.parse(text.removesuffix(" entries per head"))
     except BudgetError:
-        return BudgetRank(3, 0.0, text)
-    return BudgetRank(("share", "entries", "bytes").index(budget.kind), float(budget.amount), text)
+        return BudgetRank(len(_BUDGETS), 0.0, text)
+    return BudgetRank(_BUDGETS.index(budget.kind), float(budget.amount), text)
 
 
 def budget_share(text: str) -> float | None:

@@ -25,6 +25,7 @@ from defensivekv.integrations.transformers.model import max_positions
 from defensivekv.integrations.transformers.versions import CACHE_ARGUMENT
 from defensivekv.policies import Policy
 from defensivekv.policies import policy as make_policy
+from defensivekv.policies.steps import check_evicts_in_steps
 
 MODEL_TYPE = "defensivekv"
 """The harness's name of this adapter: `lm_eval.simple_evaluate(model="defensivekv", ...)`."""
@@ -96,6 +97,8 @@ class EvictingLM(HFLM):
             self.policy = policy
         else:
             self.policy = make_policy(policy, budget, **given)  # type: ignore[arg-type]
+        if self.policy.budget.kind == "bytes":
+            check_evicts_in_steps(self.policy)
         self.query_aware, self.context_field = query_aware, context_field
         try:
             rows = 1 if batch_size is None else int(batch_size)

@@ -47,10 +47,12 @@ class Competition:
             return {layer: self.policy.keep([scored], shares)[0]}
         self._held[layer] = scored
         is_last = len(self._held) == len(self.layers)
-        if not is_last and not streams:
+        # An adaptive budget is what all layers say it is.
+        if not is_last and (self.policy.budget.is_adaptive or not streams):
             return {}
-        held = list(self._held.values())
-        self.shares = self.policy.final_shares(held, shares) if is_last else list(shares)
+        held, self.shares = list(self._held.values()), list(shares)
+        if is_last:
+            held, self.shares = self.policy.settle(held, shares)
         kept = dict(zip(self._held, self.policy.keep(held, self.shares), strict=True))
         going = {
             number: stays

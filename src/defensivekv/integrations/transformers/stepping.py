@@ -139,7 +139,7 @@ class Stepping:
                 rated.masked_fill_(row.pinned, float("inf"))
             scores[number][:, row.places], facts[number][:, row.places] = rated, row.facts
         tokens, count = self._grown.tokens, len(layers)
-        scored = ScoredLayer(scores, tokens, (1.0,) * b, index, count, (0,) * b)
+        scored = ScoredLayer(scores, tokens, (1.0,) * b, index, count)
         self._facts[layer] = facts
         # A chunk of more than may stay would be held in every layer otherwise.
         streams = any(tail.used > share * length for share, length in zip(shares, tokens, strict=True))
