@@ -107,13 +107,18 @@ class Stepper:
             with_means=policy.weighting is not None,
         )
         counts = heard.counts.expand_as(heard.reduced).float()
+        heard = replace(heard, counts=counts)
+        return heard.merge(self.recall(facts, heard.num_scored), policy.aggregation) if self.remembers else heard
+
+    def recall(self, facts: Facts, num_scored: int | None = None) -> Evidence:
+        """What is known of the first `num_scored` slots without hearing anything new; None: of all but the latest."""
+        n = max(0, facts.shape[1] - self.policy.num_window) if num_scored is None else num_scored
+        before = facts[:, :n]
         if not self.remembers:
-            return replace(heard, counts=counts)
-        before = facts[:, : heard.num_scored]
-        sums = None if heard.sums is None else before[..., 2]
-        return replace(heard, counts=counts).merge(
-            Evidence(before[..., 0], before[..., 1], sums, None), policy.aggregation
-        )
+            nothing = before.new_zeros(before.shape[:2])
+            return Evidence(nothing, nothing, None if self.policy.weighting is None else nothing, None)
+        sums = None if self.policy.weighting is None else before[..., 2]
+        return Evidence(before[..., 0], before[..., 1], sums, None)
 
     def record(self, evidence: Evidence, facts: Facts) -> None:
         """Writes the evidence into the facts."""

@@ -60,7 +60,8 @@ class QueryLog:
             queries[row] if valid is None else queries[row][:, valid[row].to(queries.device)]
             for queries, valid in self._parts
         ]
-        return torch.cat(parts, dim=1)[:, -most:]
+        together = torch.cat(parts, dim=1)
+        return together[:, max(0, together.shape[1] - most) :]
 
     @property
     def available(self) -> int:
