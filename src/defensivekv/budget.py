@@ -90,16 +90,15 @@ class Budget:
 
     @classmethod
     def _parse_adaptive(cls, text: str) -> Self:
-        pattern = r"\s*auto:\s*([^,\s]+)\s*(?:,\s*min=([^,\s]+)\s*)?(?:,\s*max=([^,\s]+)\s*)?"
-        match = re.fullmatch(pattern, text, flags=re.IGNORECASE)
-        if match is None:
+        match = re.fullmatch(r"\s*auto:\s*([^,\s]+)\s*((?:,\s*(?:min|max)=[^,\s]+\s*)*)", text, flags=re.IGNORECASE)
+        limits = [] if match is None else re.findall(r"(min|max)=([^,\s]+)", match[2].lower())
+        if match is None or len(dict(limits)) < len(limits):
             raise BudgetError(f"budget {text!r} is not understood: give {_ADAPTIVE_FORM}")
-        given = [None if part is None else cls.parse(part) for part in match.groups()]
-        if any(part is not None and part.kind != "share" for part in given):
+        given = {name: cls.parse(part) for name, part in (("mass", match[1]), *limits) if (name, part) != ("min", "0")}
+        if any(part.kind != "share" for part in given.values()):
             raise BudgetError(f"budget {text!r} must have shares in (0, 1]: give {_ADAPTIVE_FORM}")
-        mass, least, most = (None if part is None else part.amount for part in given)
-        assert mass is not None
-        least, most = least or Fraction(0), most or Fraction(1)
+        mass, most = given["mass"].amount, given["max"].amount if "max" in given else Fraction(1)
+        least = given["min"].amount if "min" in given else Fraction(0)
         if least > most:
             raise BudgetError(f"budget {text!r} has a min above its max: give {_ADAPTIVE_FORM}")
         return cls("adaptive", mass, least, most)

@@ -79,7 +79,7 @@ class RaggedLayer:
         if self.tail is None:
             self.tail = Tail.of(keys, values)
         else:
-            self.tail.append(keys, values)
+            self.tail.append(keys, values, self.reserve)
         self.seen += keys.shape[2]
         return self.tail.keys, self.tail.values
 
@@ -173,7 +173,7 @@ class RaggedLayer:
                 "make a new cache, or fork this one before going on"
             )
         if self.tail is not None and count:
-            self.tail.drop_last(count)
+            self.tail.drop_last(count, self.reserve)
             self.seen -= count
 
     def select_rows(self, index: Int[Tensor, " rows"]) -> None:

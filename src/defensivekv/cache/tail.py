@@ -49,23 +49,30 @@ class Tail:
         """Bytes of the buffers, the unused part counted."""
         return self.key_buffer.nbytes + self.value_buffer.nbytes
 
-    def append(self, keys: Keys, values: Values) -> None:
-        """Adds tokens at the end; the buffers double when full."""
+    def append(self, keys: Keys, values: Values, reserve: int = 0) -> None:
+        """Adds tokens at the end; the buffers double when full.
+
+        reserve: tokens that there is room for from the start; then the buffers never have room for more than they hold.
+        """
         end = self.used + keys.shape[2]
         # Buffers made in inference mode cannot be written outside of it.
         is_frozen = self.key_buffer.is_inference() and not torch.is_inference_mode_enabled()
         if end > self.key_buffer.shape[2] or is_frozen or not self.is_writable:
-            capacity = max(end, 2 * self.used, MIN_CAPACITY)
-            self.key_buffer = _grown(self.keys, capacity)
-            self.value_buffer = _grown(self.values, capacity)
-            self.is_writable = True
+            self._resize(max(end, reserve) if reserve else max(end, 2 * self.used, MIN_CAPACITY))
         self.key_buffer[:, :, self.used : end] = keys
         self.value_buffer[:, :, self.used : end] = values
         self.used = end
 
-    def drop_last(self, count: int) -> None:
-        """Forgets the last `count` tokens."""
+    def _resize(self, capacity: int) -> None:
+        self.key_buffer = _grown(self.keys, capacity)
+        self.value_buffer = _grown(self.values, capacity)
+        self.is_writable = True
+
+    def drop_last(self, count: int, reserve: int = 0) -> None:
+        """Forgets the last `count` tokens. reserve: as in `append`."""
         self.used -= count
+        if 0 < reserve < self.key_buffer.shape[2]:
+            self._resize(max(self.used, reserve))
 
     def select_rows(self, index: Tensor) -> "Tail":
         """The rows of `index`, copied."""

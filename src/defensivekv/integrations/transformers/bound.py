@@ -117,10 +117,11 @@ class Bound:
     def _check(self, prefix: int, named: str) -> None:
         if prefix < self._staying:
             window = self.stepper.num_protected
+            smaller = "window_size or interval" if self.stepper.policy.num_window else "interval"
             raise BudgetError(
                 f"{named} leaves {max(0, prefix)} entries per head beside the tokens since the last eviction, fewer "
-                f"than the {self.stepper.policy.num_sinks} first tokens and the window of {window} that stay: give a "
-                "larger bound, or a smaller window_size or interval"
+                f"than the {self.stepper.policy.num_sinks} first tokens and the {window} latest that stay: give a "
+                f"larger bound, or a smaller {smaller}"
             )
 
     def __str__(self) -> str:
@@ -186,6 +187,8 @@ def bound_of(
         if interval is not None:
             raise InvalidInputError("interval is for caches with a bound: give max_entries, max_batch_bytes, or bytes")
         return None
+    if policy.name == "full":
+        raise InvalidInputError("policy 'full' keeps everything, and a bound does not: name the policy that evicts")
     check_evicts_in_steps(policy)
     _check_within(policy, max_entries)
     # A budget in bytes is the bound itself.

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from defensivekv.budget import POSITION_BYTES, Budget, entry_bytes
-from defensivekv.errors import CacheError, InvalidInputError
+from defensivekv.errors import CacheError, DefensiveKVError, InvalidInputError
 from defensivekv.integrations.transformers.bound import LayerSizes, bound_of, parse_bytes
 from defensivekv.integrations.transformers.checks import (
     announced_prompt,
@@ -22,6 +22,7 @@ from defensivekv.integrations.transformers.checks import (
     check_model,
     check_single_reading,
     check_tokens,
+    row_numbers,
 )
 from defensivekv.integrations.transformers.decision import PromptDecision
 from defensivekv.integrations.transformers.layer import EvictedLayer, LayerHandoff
@@ -96,6 +97,7 @@ class EvictingCache(Cache):
         """What part of the prompt is being repeated; None: nothing is."""
         self._is_reconstructing = False
         self._drafting_from = 0
+        self._is_broken = False
         self._decision = PromptDecision(self.policy, self.evicted_layers)
         self._bound = bound
         self.stepping = self._new_stepping()
@@ -155,13 +157,20 @@ class EvictingCache(Cache):
         if layer.pending is not None and self.repeats is None:
             raise CacheError("a prompt waits for its drafts to be verified: call crop() before going on")
         if layer.index == self.evicted_layers[0] and self.repeats is None:
-            self._check_pass(layer, keys, values)
+            try:
+                self._check_pass(layer, keys, values)
+            except DefensiveKVError:
+                # Layers of transformers' own before this one have stored the tokens.
+                self._is_broken = self._is_broken or layer.index > 0
+                raise
         if self._bound is not None and self.stepping is not None:
             limits = self.stepping.limits(keys.shape[0])
             layer.store.reserve = 0 if limits is None else limits.interval
 
     def _check_pass(self, layer: EvictedLayer, keys: Tensor, values: Tensor) -> None:
         """What is checked of a forward pass when it arrives at the first of the evicted layers."""
+        if self._is_broken:
+            raise CacheError("an earlier forward pass through this cache broke off: call reset(), or make a new cache")
         b, h, x, d = keys.shape
         check_forward(self._evicted, keys, values, self._max_tokens, self._drafting_from)
         self._drafting_from = 0
@@ -181,7 +190,8 @@ class EvictingCache(Cache):
             return
         queries = num_query_heads(self._config) * d * keys.element_size()
         token = (d + values.shape[3]) * keys.element_size()
-        self.stepping.check(LayerSizes(len(self.evicted_layers), h, token, queries), seen, x, b)
+        sizes = LayerSizes(len(self.evicted_layers), h, token, queries)
+        self.stepping.check(sizes, seen, x, b, revocable=layer.record_past)
 
     def check_module(self, module: nn.Module) -> None:
         """Raises CacheError where `module` is not a part of the model that this cache was made for."""
@@ -270,6 +280,8 @@ class EvictingCache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of the keys that the layer will return; asked for before any layer runs."""
         check_tokens(query_length)
+        for layer in self._evicted if self.stepping is not None else ():
+            layer.settle()
         length, offset = super().get_mask_sizes(query_length, layer_idx)
         return length, offset
 
@@ -330,25 +342,30 @@ class EvictingCache(Cache):
             self.stepping.texts = self.stepping.texts.select_rows(index.tolist())
         self._decision.texts = self._decision.texts.select_rows(index.tolist())
 
-    def release(self, rows: Sequence[int]) -> None:
+    def release(self, rows: Sequence[int] | Tensor) -> None:
         """Frees what is held of rows that are finished. They stay in the batch, whose tokens they still get.
 
         What they hold of the tokens since the last eviction, all rows have room for together, and goes with the next
         one; without a bound, with the cache. Their further output means nothing. Under `max_batch_bytes`, the other
         rows may hold more from now on.
+
+        rows: their numbers, or a mask of all rows.
         """
-        count = self._evicted[0].batch_size
-        if any(not 0 <= row < count for row in rows):
-            raise InvalidInputError(f"rows {list(rows)} are not all rows of a batch of {max(0, count)}")
+        numbers = row_numbers(rows, max(0, self._evicted[0].batch_size))
         for layer in self._evicted:
-            layer.store.release_rows(rows)
+            layer.store.release_rows(numbers)
+        self._decision.texts = self._decision.texts.without(numbers)
         if self.stepping is not None:
-            texts = self.stepping.texts
-            self.stepping.texts = replace(texts, released=texts.released | set(rows))
+            self.stepping.texts = self.stepping.texts.without(numbers)
+
+    @property
+    def released(self) -> frozenset[int]:
+        """Rows that were released."""
+        return self._texts.released
 
     def reset(self) -> None:
         """Forgets everything; the cache can take a new prompt."""
-        self.outstanding, self.repeats, self._drafting_from = None, None, 0
+        self.outstanding, self.repeats, self._drafting_from, self._is_broken = None, None, 0, False
         self._decision, self.stepping = PromptDecision(self.policy, self.evicted_layers), self._new_stepping()
         # New layers, because what a stock layer's own reset leaves behind differs between releases.
         self.layers = self._new_layers()
@@ -384,20 +401,31 @@ class EvictingCache(Cache):
         return twin
 
     def _put_under(self, max_entries: int | None, interval: int | None) -> None:
-        """A bound from here on."""
-        texts, was_bounded = self._texts, self.is_bounded
-        self._bound = bound_of(replace(self.policy, budget=Budget.parse(1.0)), max_entries, None, interval)
-        stepping = self._new_stepping()
+        """A bound from here on, beside those that there are."""
+        texts, before, first = self._texts, self.stepping, self._evicted[0].store
+        is_read = bool(first.seen) and (before is None or not before.is_reading(first.seen))
+        # What an adaptive budget came to is known, once the prompt was read.
+        is_known = is_read and self.policy.budget.is_adaptive
+        policy = replace(self.policy, budget=Budget.parse(1.0)) if is_known else self.policy
+        bound = self._bound
+        self._bound = bound_of(
+            policy,
+            max_entries if max_entries is not None or bound is None else bound.max_entries,
+            None if bound is None else bound.max_batch_bytes,
+            interval if interval is not None or bound is None else bound.given_interval,
+        )
+        self.stepping = stepping = self._new_stepping()
         assert stepping is not None
-        first = self._evicted[0].store
-        if not was_bounded:
-            stepping.pinned = first.seen - first.tail_length
-        stepping.texts = texts
-        self.stepping = stepping
-        for layer in self._evicted:
-            layer.log = stepping.new_log() if first.seen else None
         assert self._bound is not None
-        self._bound.check_stored(self.lengths.tolist(), first.tail_length, is_pinned=not was_bounded)
+        stepping.texts = texts
+        if before is not None:
+            stepping.expected, stepping.sizes, stepping.pinned = before.expected, before.sizes, before.pinned
+        if bound is None and is_read:
+            stepping.pinned = first.seen - first.tail_length
+        for layer in self._evicted:
+            if first.seen and layer.log is None:
+                layer.log = stepping.new_log()
+        self._bound.check_stored(self.lengths.tolist(), first.tail_length, is_pinned=bool(stepping.pinned))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "EvictingCache":
         return self.fork()

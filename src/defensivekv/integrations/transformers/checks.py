@@ -102,6 +102,20 @@ def check_single_reading(policy: Policy) -> None:
         )
 
 
+def row_numbers(rows: Sequence[int] | Tensor, batch_size: int) -> tuple[int, ...]:
+    """The numbers of rows that are given as numbers, or as a mask of all rows. Raises InvalidInputError."""
+    listed = rows.tolist() if isinstance(rows, Tensor) else rows
+    if isinstance(listed, str) or not isinstance(listed, Sequence):
+        raise InvalidInputError(f"rows {rows!r} must be a list of row numbers, or a mask of all {batch_size} rows")
+    if listed and all(isinstance(row, bool) for row in listed):
+        if len(listed) != batch_size:
+            raise InvalidInputError(f"a mask of {len(listed)} rows does not fit a batch of {batch_size}")
+        return tuple(row for row, is_meant in enumerate(listed) if is_meant)
+    if any(isinstance(row, bool) or not isinstance(row, int) or not 0 <= row < batch_size for row in listed):
+        raise InvalidInputError(f"rows {list(listed)} are not all rows of a batch of {batch_size}")
+    return tuple(listed)
+
+
 def check_tokens(num_tokens: int) -> None:
     """Raises InvalidInputError where a forward pass brings no tokens, which models trip over in ways of their own."""
     if num_tokens == 0:

@@ -27,13 +27,11 @@ class ReleaseFinished(StoppingCriteria):
         if not self._ends:
             raise InvalidInputError("the model's generation settings name no end of a text: give end_tokens")
         self._cache = cache
-        self._released: set[int] = set()
 
     def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:
         """input_ids: (b, t) of all rows, the last token being new. Gives False for every row."""
         last = input_ids[:, -1].tolist()
-        ended = {row for row, token in enumerate(last) if token in self._ends} - self._released
+        ended = {row for row, token in enumerate(last) if token in self._ends} - self._cache.released
         if ended:
             self._cache.release(sorted(ended))
-            self._released |= ended
         return torch.zeros(len(last), dtype=torch.bool, device=input_ids.device)

@@ -54,7 +54,11 @@ class LayerHandoff:
         self._is_observed = True
         if self.layer.listens:
             valid = None if visible is None else visible[:, 0, -1].expand(queries.shape[0], -1)
-            self.layer.observe(Pending(module, queries, valid, scaling, softcap, sinks, positions))
+            heard = None if sinks is None else sinks.detach()
+            self.layer.observe(Pending(module, queries, valid, scaling, softcap, heard, positions))
+        # What was read is not kept alive until the next pass.
+        if self.layer.owner.outstanding is self:
+            self.layer.owner.outstanding = None
 
 
 class EvictedLayer(CacheLayerMixin):
@@ -191,10 +195,14 @@ class EvictedLayer(CacheLayerMixin):
 
     def can_forget(self, count: int) -> bool:
         """Whether the queries that are left without those of the last `count` tokens are as many as a step wants."""
-        log = self.log
-        if log is None or log.wanted is None:
-            return True
-        return log.available - count >= min(log.wanted, self.store.seen - count)
+        return self.log is None or self.log.can_drop(count, self.store.seen)
+
+    def settle(self) -> None:
+        """Takes the tokens of the last pass as verified, whose drafts nobody took back."""
+        pending, stepping = self.pending, self.owner.stepping
+        if pending is not None and stepping is not None:
+            self.pending = None
+            self._step(pending, stepping)
 
     def reset(self) -> None:
         """Forgets everything."""

@@ -83,7 +83,7 @@ class Pending:
             scaling=self.scaling,
             valid=self.valid if repeats is None else None,
             softcap=self.softcap,
-            sinks=None if self.sinks is None else self.sinks.detach(),
+            sinks=self.sinks,
             rotary=self.rotary,
             repeats=repeats,
         )

@@ -53,6 +53,7 @@ def prefill(
     Raises CacheError for a cache that holds something, and InvalidInputError or UnsupportedModelError where the prompt
     cannot be repeated, or read in such chunks: each before the prompt is read.
     """
+    _check_prompt(cache, input_ids, attention_mask)
     if cache.get_seq_length():
         raise CacheError("the cache holds a prompt already: make a new one, or call reset()")
     scorer = cache.policy.scorer
@@ -130,6 +131,17 @@ def _repeats(
         asked = [encode(_NEXT if start else _FIRST), input_ids[:, max(0, start - _QUOTED) : start], encode(suffix)]
         repeats.append((start, stop, torch.cat((*asked, input_ids[:, start:stop]), dim=1)))
     return repeats
+
+
+def _check_prompt(cache: object, input_ids: object, attention_mask: object) -> None:
+    if not isinstance(cache, EvictingCache):
+        raise InvalidInputError(f"cache is a {type(cache).__name__}: give an EvictingCache")
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
+        raise InvalidInputError("input_ids must be a tensor of token ids, (batch, tokens)")
+    if attention_mask is not None and getattr(attention_mask, "shape", None) != input_ids.shape:
+        raise InvalidInputError(
+            f"attention_mask must be a tensor of the ids' shape {tuple(input_ids.shape)}, 1 at tokens and 0 at pads"
+        )
 
 
 def _check_repeatable(

@@ -25,27 +25,38 @@ class QueryLog:
         return sum(queries.nbytes for queries, _ in self._parts)
 
     def add(self, queries: Queries, valid: Bool[Tensor, "b x"] | None, *, revocable: bool = False) -> None:
-        """Takes the queries (b, q, x, d) of new tokens. valid: False at pads. revocable: `drop_last` may follow."""
+        """Takes the queries (b, q, x, d) of new tokens. valid: False at pads. revocable: `drop_last` follows, after
+        which no more is held than is wanted.
+        """
         if valid is not None and bool(valid.all()):
             valid = None
         if self.wanted is None:
             self._parts.append((queries.detach().clone(), valid))
             return
-        wanted = self.wanted + (MAX_DRAFTS if revocable else 0)
-        if queries.shape[2] > wanted and not revocable:
-            counts = None if valid is None else valid.sum(-1)
-            queries = window_queries(queries, valid, wanted)
-            # Of a row with fewer, the first ones are pads.
-            places = torch.arange(wanted, device=queries.device)
-            valid = None if counts is None else places >= wanted - counts[:, None]
-        elif valid is None or bool(valid[:, -wanted:].all()):
-            queries, valid = queries[:, :, -wanted:], None
+        if valid is None:
+            queries = queries[:, :, -(self.wanted + (MAX_DRAFTS if revocable else 0)) :]
         # One by one, so that each can go; copies, since queries are often a view of what holds keys and values too.
         masks = [None] * queries.shape[2] if valid is None else list(valid.split(1, dim=1))
         for query, mask in zip(queries.detach().split(1, dim=2), masks, strict=True):
             self._parts.append((query.clone(), mask))
-        while len(self._parts) > wanted and self._fewest(self._parts[1:]) >= wanted:
-            del self._parts[0]
+        if not revocable:
+            self._trim()
+
+    def _trim(self) -> None:
+        """Holds no more than is wanted."""
+        wanted, held = self.wanted, self._parts
+        if wanted is None or len(held) <= wanted:
+            return
+        if all(valid is None for _, valid in held[-wanted:]):
+            self._parts = held[-wanted:]
+            return
+        # Of a row with pads, the latest lie further back than those of others: gathered side by side.
+        b, device = held[0][0].shape[0], held[0][0].device
+        ones = torch.ones(b, 1, dtype=torch.bool, device=device)
+        valid = torch.cat([ones if mask is None else mask.to(device) for _, mask in held], dim=1)
+        queries = window_queries(torch.cat([query for query, _ in held], dim=2), valid, wanted)
+        there = torch.arange(wanted, device=device) >= wanted - valid.sum(-1, keepdim=True)
+        self._parts = list(zip((query.clone() for query in queries.split(1, 2)), there.split(1, 1), strict=True))
 
     @staticmethod
     def _fewest(parts: list[tuple[Queries, Bool[Tensor, "b x"] | None]]) -> int:
@@ -63,10 +74,11 @@ class QueryLog:
         together = torch.cat(parts, dim=1)
         return together[:, max(0, together.shape[1] - most) :]
 
-    @property
-    def available(self) -> int:
-        """Queries of the row with the fewest."""
-        return self._fewest(self._parts)
+    def can_drop(self, count: int, seen: int) -> bool:
+        """Whether without the queries of the last `count` tokens of `seen` there are as many as a step wants."""
+        if self.wanted is None:
+            return sum(queries.shape[2] for queries, _ in self._parts) >= count
+        return self._fewest(self._parts) - count >= min(self.wanted, seen - count)
 
     def drop_last(self, count: int) -> None:
         """Forgets the queries of the last `count` tokens of the batch."""
@@ -76,6 +88,7 @@ class QueryLog:
             if left > 0:
                 self._parts.append((queries[:, :, :left], None if valid is None else valid[:, :left]))
             count = max(0, -left)
+        self._trim()
 
     def clear(self) -> None:
         """Forgets all."""

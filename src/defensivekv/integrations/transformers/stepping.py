@@ -87,8 +87,11 @@ class Stepping:
         limits = self.limits(num_rows)
         return limits is not None and tail >= limits.interval
 
-    def check(self, sizes: LayerSizes, seen: int, new: int, num_rows: int) -> None:
-        """Raises BudgetError or InvalidInputError where `new` tokens after `seen` cannot be stepped over as asked."""
+    def check(self, sizes: LayerSizes, seen: int, new: int, num_rows: int, *, revocable: bool) -> None:
+        """Raises BudgetError or InvalidInputError where `new` tokens after `seen` cannot be stepped over as asked.
+
+        revocable: there may be drafts among them.
+        """
         self.sizes = sizes
         self.limits(num_rows)
         if not self.is_reading(seen):
@@ -97,18 +100,20 @@ class Stepping:
             self._of_prompt(seen + new, seen + new)
         if self.expected is None:
             return
-        if seen + new > self.expected:
+        if seen + new > self.expected and not revocable:
             raise InvalidInputError(
                 f"{seen + new} tokens of a prompt that expect() said to have {self.expected}: say how long it really is"
             )
         if new < self.policy.num_window and seen + new < self.expected:
             raise InvalidInputError(
-                f"a chunk of {new} tokens is less than the window of {self.policy.num_window} that observes: give "
-                "chunks of at least as many, or a smaller window_size"
+                f"a chunk of {new} tokens, of a prompt of {self.expected} as expect() or generate() said, is less than "
+                f"the window of {self.policy.num_window} that observes: give chunks of at least as many, or a smaller "
+                "window_size"
             )
 
     # ------------------------------------------------------------------ one step
 
+    @torch.no_grad()
     def step(self, layer: int, store: RaggedLayer, log: QueryLog, pending: Pending) -> dict[int, "Stays"]:
         """Hears the queries of a layer; gives what stays in the layers from which something goes now.
 
@@ -161,6 +166,9 @@ class Stepping:
         self.texts = replace(self._grown, shares=tuple(min(Fraction(1), share) for share in shares))
         self._facts = {}
         if self.is_reading(store.seen - store.tail_length) and not self.is_reading(store.seen):
+            empty = [row for row, count in enumerate(self.texts.tokens) if not count]
+            if empty:
+                raise InvalidInputError(f"row {empty[0]} of the batch holds pads only: pass at least one token per row")
             say_what_is_whole(self.policy, self.texts)
 
     def _shares(self, store: RaggedLayer, num_rows: int) -> list[Fraction]:

@@ -33,6 +33,10 @@ class Texts:
         between = known.new_ones(len(counts), seen - known.shape[1])
         return replace(self, tokens=tokens, valid=torch.cat((known, between, valid.to(known.device)), dim=1))
 
+    def without(self, rows: Sequence[int]) -> "Texts":
+        """The same, these rows released too."""
+        return replace(self, released=self.released | set(rows))
+
     def select_rows(self, index: Sequence[int]) -> "Texts":
         """Those of the batch of these rows, which may repeat."""
         if not self.tokens:
