@@ -198,10 +198,11 @@ class EvictedLayer(CacheLayerMixin):
         return self.log is None or self.log.can_drop(count, self.store.seen)
 
     def settle(self) -> None:
-        """Takes the tokens of the last pass as verified, whose drafts nobody took back."""
+        """Takes the tokens of the last pass as verified, and drafting as over, where nobody took any back."""
         pending, stepping = self.pending, self.owner.stepping
-        if pending is not None and stepping is not None:
-            self.pending = None
+        if pending is not None and stepping is not None and self.log is not None:
+            self.pending, self.record_past = None, False
+            self.log.drop_last(0)
             self._step(pending, stepping)
 
     def reset(self) -> None:
