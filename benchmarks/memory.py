@@ -39,10 +39,8 @@ _LABELS = {
 
 def run(settings: Settings, device: torch.device) -> list[Result]:
     """One result: MiB by way and prompt length. Draws docs/peak_memory.png where the settings are the full ones."""
-    peaks = {
-        way: [_measured(way, length, settings, device) for length in settings.memory_lengths]
-        for way in settings.memory_ways
-    }
+    lengths = settings.memory_lengths
+    peaks = {way: [_measured(way, length, settings, device) for length in lengths] for way in settings.memory_ways}
     figures = {
         f"{way}, {length} tokens (MiB)": peak
         for way, row in peaks.items()
