@@ -24,7 +24,7 @@ check: $(VENV)/.installed-dev ## lint, format, types, import direction
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-bench: $(VENV)/.installed-dev ## the speed figures of the README (minutes; wants a quiet machine)
+bench: $(VENV)/.installed-dev ## the figures of speed and memory of the README (half an hour; wants a quiet machine)
 	$(VENV)/bin/python -m benchmarks
 
 gpu: ## on a machine with one CUDA GPU, torch, transformers, pytest and hypothesis: tests on CUDA, then benchmarks
