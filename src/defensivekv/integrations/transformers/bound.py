@@ -29,6 +29,11 @@ class LayerSizes:
     token_bytes: int
     query_bytes: int
 
+    @property
+    def entries_bytes(self) -> int:
+        """Of one token's entries, with their positions."""
+        return self.num_layers * self.num_heads * (self.token_bytes + POSITION_BYTES)
+
 
 @dataclass(frozen=True)
 class Bound:

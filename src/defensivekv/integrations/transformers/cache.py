@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from defensivekv.budget import POSITION_BYTES, Budget, entry_bytes
+from defensivekv.budget import Budget, entry_bytes
 from defensivekv.errors import CacheError, DefensiveKVError, InvalidInputError
 from defensivekv.integrations.transformers.bound import LayerSizes, bound_of, parse_bytes
 from defensivekv.integrations.transformers.checks import (
@@ -414,14 +414,9 @@ class EvictingCache(Cache):
             None if bound is None else bound.max_batch_bytes,
             interval if interval is not None or bound is None else bound.given_interval,
         )
-        self.stepping = stepping = self._new_stepping()
-        assert stepping is not None
         assert self._bound is not None
-        stepping.texts = texts
-        if before is not None:
-            stepping.expected, stepping.sizes, stepping.pinned = before.expected, before.sizes, before.pinned
-        if bound is None and is_read:
-            stepping.pinned = first.seen - first.tail_length
+        self.stepping = stepping = Stepping(self._bound.stepper.policy, self.evicted_layers, self._bound)
+        stepping.go_on_from(before, texts, first.seen - first.tail_length if bound is None and is_read else 0)
         for layer in self._evicted:
             if first.seen and layer.log is None:
                 layer.log = stepping.new_log()
@@ -464,28 +459,15 @@ class EvictingCache(Cache):
 
     def report(self) -> CacheReport:
         """What was asked for, what was kept and what it takes, for each layer and in all."""
-        layers = []
-        for index, (plan, layer) in enumerate(zip(self._plans, self.layers, strict=True)):
-            lengths: tuple[tuple[int, ...], ...] = ()
-            if isinstance(layer, EvictedLayer) and layer.store.view is not None:
-                view = layer.store.view
-                lengths = tuple(view.prefix.lengths[row] for row in view.rows)
-            layers.append(LayerReport(index, plan.kind, plan.evicted, bool(lengths), lengths, layer_bytes(layer)))
-        texts = self._texts
+        rows = zip(self._plans, self.layers, strict=True)
+        layers = tuple(LayerReport.of(index, plan, layer) for index, (plan, layer) in enumerate(rows))
+        texts, sizes = self._texts, None if self.stepping is None else self.stepping.sizes
         return CacheReport(
             policy=self.policy.name,
             budget=str(self.policy.budget),
             bound="" if self._bound is None else str(self._bound),
-            layers=tuple(layers),
+            layers=layers,
             prompt_tokens=texts.tokens,
             shares=tuple(float(share) for share in texts.shares),
-            full_bytes=self._token_bytes * sum(texts.tokens),
+            full_bytes=sum(texts.tokens) * (self._decision.bytes_per_token if sizes is None else sizes.entries_bytes),
         )
-
-    @property
-    def _token_bytes(self) -> int:
-        """What one token's entries take in all evicted layers."""
-        if self.stepping is None or self.stepping.sizes is None:
-            return self._decision.bytes_per_token
-        sizes = self.stepping.sizes
-        return sizes.num_layers * sizes.num_heads * (sizes.token_bytes + POSITION_BYTES)

@@ -1,8 +1,12 @@
 """What a cache was asked for, what it kept, and what that takes."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from defensivekv.budget import format_bytes
+from defensivekv.integrations.transformers.layer import EvictedLayer
+from defensivekv.integrations.transformers.model import LayerPlan
+from defensivekv.integrations.transformers.stock import layer_bytes
 
 _REASONS = {
     "sliding_attention": "reads a window only",
@@ -28,6 +32,13 @@ class LayerReport:
     evicted: bool
     lengths: tuple[tuple[int, ...], ...]
     nbytes: int
+
+    @classmethod
+    def of(cls, index: int, plan: LayerPlan, layer: Any) -> "LayerReport":
+        """Of a layer of a cache, ours or transformers' own."""
+        view = layer.store.view if isinstance(layer, EvictedLayer) else None
+        lengths = () if view is None else tuple(view.prefix.lengths[row] for row in view.rows)
+        return cls(index, plan.kind, plan.evicted, bool(lengths), lengths, layer_bytes(layer))
 
     @property
     def reason(self) -> str:

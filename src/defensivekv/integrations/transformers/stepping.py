@@ -52,8 +52,14 @@ class Stepping:
     def fork(self) -> "Stepping":
         """The same, to go on by itself."""
         twin = Stepping(self.policy, self._competition.layers, self.bound)
-        twin.expected, twin.texts, twin.sizes, twin.pinned = self.expected, self.texts, self.sizes, self.pinned
+        twin.go_on_from(self, self.texts, 0)
         return twin
+
+    def go_on_from(self, before: "Stepping | None", texts: Texts, pinned: int) -> None:
+        """Takes over what is known of the batch. pinned: see above, where it was not evicted from in steps before."""
+        self.texts, self.pinned = texts, pinned
+        if before is not None:
+            self.expected, self.sizes, self.pinned = before.expected, before.sizes, max(pinned, before.pinned)
 
     @property
     def is_underway(self) -> bool:
