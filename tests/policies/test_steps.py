@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 import defensivekv as dkv
 from defensivekv import Observation
+from defensivekv.policies.evidence import Evidence
 from defensivekv.policies.layout import ABSENT, Layout
-from defensivekv.policies.steps import Stepper, check_evicts_in_steps, merged
+from defensivekv.policies.steps import Stepper, check_evicts_in_steps
 from tests.policies.cases import Shape, normal, observation, seeds, shapes
 
 METHODS = ["defensivekv", "layer-defensivekv", "snapkv", "criticalkv", "adakv", "h2o"]
@@ -59,7 +60,7 @@ def test_a_head_among_longer_ones_hears_what_it_hears_alone(shape: Shape, seed: 
         assert bool((evidence.reduced[head, : evidence.num_scored - n] >= 0).all())
         alone.append(heard)
     if all(int(count) == slots for count in held.sum(-1)):
-        torch.testing.assert_close(merged(alone).reduced, evidence.reduced)
+        torch.testing.assert_close(Evidence.of_heads(alone).reduced, evidence.reduced)
 
 
 @settings(max_examples=40, deadline=None)

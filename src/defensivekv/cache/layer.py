@@ -141,7 +141,7 @@ class RaggedLayer:
     def forget_facts(self) -> None:
         """Drops what was known of the entries: nothing will be decided of them any more."""
         if self.view is not None and self.view.prefix.facts is not None:
-            self.view = PrefixView(self.view.prefix.without_facts(), self.view.rows)
+            self.view = PrefixView(replace(self.view.prefix, facts=None), self.view.rows)
 
     def release_rows(self, rows: Collection[int] = ()) -> None:
         """Frees what the prefix holds of these rows of the batch, which stay in it with nothing, and of rows of the

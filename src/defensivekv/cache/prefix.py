@@ -12,11 +12,17 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from defensivekv.cache.blocks import Blocks
 from defensivekv.types import Kept, Keys, Positions, Values
+
+
+def filled_slots(counts: Int[Tensor, "b h"]) -> Bool[Tensor, "b h p"]:
+    """Which slots hold an entry, where each head has its `counts` entries in the last of as many as the longest has."""
+    longest = int(counts.max()) if counts.numel() else 0
+    return torch.arange(longest, device=counts.device) >= longest - counts.unsqueeze(-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,17 +66,11 @@ class RaggedPrefix:
 
     def slots(self, rows: tuple[int, ...]) -> Int[Tensor, "b h p"]:
         """Numbers of the entries of these rows, those of each head in its last slots; -1 in slots that stay empty."""
-        entries, lengths = self.entries_of(rows), [self.lengths[row] for row in rows]
-        counts = torch.tensor(lengths, device=self.keys.device)
-        longest = max((length for row in lengths for length in row), default=0)
-        filled = torch.arange(longest, device=self.keys.device) >= longest - counts.unsqueeze(-1)
+        entries = self.entries_of(rows)
+        filled = filled_slots(torch.tensor([self.lengths[row] for row in rows], device=self.keys.device))
         slots = entries.new_full(filled.shape, -1)
         slots[filled] = entries
         return slots
-
-    def without_facts(self) -> "RaggedPrefix":
-        """The same entries, of which nothing will be decided any more."""
-        return RaggedPrefix(self.keys, self.values, self.positions, self.lengths)
 
     @cached_property
     def offsets(self) -> tuple[tuple[int, ...], ...]:

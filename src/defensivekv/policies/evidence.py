@@ -34,6 +34,18 @@ class Evidence:
     sums: HeadScores | None
     measured: Float[Tensor, " m"] | None
 
+    @classmethod
+    def of_heads(cls, parts: list["Evidence"]) -> "Evidence":
+        """That of some heads after the other, as of all heads."""
+        counts, sums = parts[0].counts, [part.sums for part in parts if part.sums is not None]
+        measured = [part.measured for part in parts if part.measured is not None]
+        return cls(
+            torch.cat([part.reduced for part in parts]),
+            counts if counts.dim() == 1 else torch.cat([part.counts for part in parts]),
+            torch.cat(sums) if sums else None,
+            torch.stack(measured).sum(0) if measured else None,
+        )
+
     @property
     def num_scored(self) -> int:
         """Slots that queries are asked about: all but the window's."""
@@ -79,14 +91,7 @@ def observe(
         if merged is None:
             raise InvalidInputError(f"{type(scorer).__name__} gave no importances")
         gathered.append(merged)
-    measured = [one.measured for one in gathered if one.measured is not None]
-    sums = [one.sums for one in gathered if one.sums is not None]
-    return Evidence(
-        torch.cat([one.reduced for one in gathered]),
-        gathered[0].counts,
-        torch.cat(sums) if sums else None,
-        torch.stack(measured).sum(0) if measured else None,
-    )
+    return Evidence.of_heads(gathered)
 
 
 def _of_part(

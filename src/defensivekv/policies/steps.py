@@ -138,14 +138,3 @@ class Stepper:
         if layout.absent is not None:
             scores.masked_fill_(layout.absent, float("-inf"))
         return scores
-
-
-def merged(parts: list[Evidence]) -> Evidence:
-    """Evidence of some heads after the other, as of all heads."""
-    sums = [part.sums for part in parts if part.sums is not None]
-    return Evidence(
-        torch.cat([part.reduced for part in parts]),
-        torch.cat([part.counts for part in parts]),
-        torch.cat(sums) if sums else None,
-        None,
-    )

@@ -19,6 +19,17 @@ from defensivekv.integrations.transformers.versions import CACHE_ARGUMENT
 _NAME = "masked_oracle"
 
 
+@contextmanager
+def switched(model: PreTrainedModel, attention: str) -> Iterator[None]:
+    """With the attention function of that name."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(attention)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
 class MaskedModel:
     """Runs a model on its own whole cache; after the prompt, only what `cache` kept of it may be read.
 
@@ -40,24 +51,15 @@ class MaskedModel:
 
     def __call__(self, ids: Tensor, **inputs: Any) -> Tensor:
         """Logits of the next tokens."""
-        with self._switched(), torch.no_grad():
+        with switched(self.model, _NAME), torch.no_grad():
             logits: Tensor = self.model(ids, use_cache=True, **{CACHE_ARGUMENT: self.cache}, **inputs).logits
         return logits
 
     def generate(self, ids: Tensor, **options: Any) -> Tensor:
         """What the model's own `generate()` makes of it."""
-        with self._switched():
+        with switched(self.model, _NAME):
             sequences: Tensor = self.model.generate(ids, **{CACHE_ARGUMENT: self.cache}, **options)
         return sequences
-
-    @contextmanager
-    def _switched(self) -> Iterator[None]:
-        before = self.model.config._attn_implementation
-        self.model.set_attn_implementation(_NAME)
-        try:
-            yield
-        finally:
-            self.model.set_attn_implementation(before)
 
     def _attention(
         self,

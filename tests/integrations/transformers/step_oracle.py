@@ -15,6 +15,7 @@ from transformers.masking_utils import sdpa_mask
 
 from defensivekv.attention import masked_attention
 from defensivekv.integrations.transformers.versions import CACHE_ARGUMENT
+from tests.integrations.transformers.oracle import switched
 
 _NAME = "step_oracle"
 
@@ -43,13 +44,8 @@ class SteppedModel:
         AttentionMaskInterface.register(_NAME, sdpa_mask)
 
     def __call__(self, ids: Tensor) -> Tensor:
-        before = self.model.config._attn_implementation
-        self.model.set_attn_implementation(_NAME)
-        try:
-            with torch.no_grad():
-                logits: Tensor = self.model(ids, use_cache=True, **{CACHE_ARGUMENT: self.cache}).logits
-        finally:
-            self.model.set_attn_implementation(before)
+        with switched(self.model, _NAME), torch.no_grad():
+            logits: Tensor = self.model(ids, use_cache=True, **{CACHE_ARGUMENT: self.cache}).logits
         return logits
 
     def _attention(

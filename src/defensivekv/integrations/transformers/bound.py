@@ -7,6 +7,7 @@ from math import ceil, floor
 
 from defensivekv.budget import POSITION_BYTES, Budget
 from defensivekv.errors import BudgetError, InvalidInputError
+from defensivekv.integrations.transformers.checks import check_positive
 from defensivekv.policies import Policy
 from defensivekv.policies.steps import NUM_SINKS, Stepper, check_evicts_in_steps
 
@@ -54,8 +55,8 @@ class Bound:
     def __post_init__(self) -> None:
         for name in ("max_entries", "given_interval"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise InvalidInputError(f"{name.removeprefix('given_')} {value!r} must be a positive integer")
+            if value is not None:
+                check_positive(name.removeprefix("given_"), value)
         if self.max_entries is not None:
             self._check(self.max_entries - self.interval_for(self.max_entries), f"max_entries={self.max_entries}")
 

@@ -20,6 +20,7 @@ from defensivekv.integrations.transformers.checks import (
     announced_prompt,
     check_forward,
     check_model,
+    check_positive,
     check_single_reading,
     check_tokens,
     row_numbers,
@@ -97,7 +98,8 @@ class EvictingCache(Cache):
         """What part of the prompt is being repeated; None: nothing is."""
         self._is_reconstructing = False
         self._drafting_from = 0
-        self._is_broken = False
+        self.is_broken = False
+        """Whether layers of transformers' own have stored tokens of a pass that was refused."""
         self._decision = PromptDecision(self.policy, self.evicted_layers)
         self._bound = bound
         self.stepping = self._new_stepping()
@@ -129,8 +131,7 @@ class EvictingCache(Cache):
         prompt. `generate(prefill_chunk_size=...)` need not say so. Raises CacheError for a cache that holds something,
         and InvalidInputError for policies that want the whole prompt at once.
         """
-        if isinstance(num_tokens, bool) or not isinstance(num_tokens, int) or num_tokens < 1:
-            raise InvalidInputError(f"num_tokens {num_tokens!r} must be a positive integer")
+        check_positive("num_tokens", num_tokens)
         if self.get_seq_length():
             raise CacheError("the cache holds a prompt already: make a new one, or call reset()")
         if self.stepping is None and not self.policy.budget.is_full:
@@ -161,16 +162,13 @@ class EvictingCache(Cache):
                 self._check_pass(layer, keys, values)
             except DefensiveKVError:
                 # Layers of transformers' own before this one have stored the tokens.
-                self._is_broken = self._is_broken or layer.index > 0
+                self.is_broken = self.is_broken or layer.index > 0
                 raise
-        if self._bound is not None and self.stepping is not None:
-            limits = self.stepping.limits(keys.shape[0])
-            layer.store.reserve = 0 if limits is None else limits.interval
+        if self.stepping is not None and self.stepping.limits is not None:
+            layer.store.reserve = self.stepping.limits.interval
 
     def _check_pass(self, layer: EvictedLayer, keys: Tensor, values: Tensor) -> None:
         """What is checked of a forward pass when it arrives at the first of the evicted layers."""
-        if self._is_broken:
-            raise CacheError("an earlier forward pass through this cache broke off: call reset(), or make a new cache")
         b, h, x, d = keys.shape
         check_forward(self._evicted, keys, values, self._max_tokens, self._drafting_from)
         self._drafting_from = 0
@@ -327,8 +325,9 @@ class EvictingCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the rows of `indices` (numbers or a mask), and frees the memory of the others."""
-        super().batch_select_indices(indices)
-        self._select_texts(indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices)
+        numbers = indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices
+        super().batch_select_indices(numbers)
+        self._select_texts(numbers)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row; the repeats share its prefix."""
@@ -365,7 +364,7 @@ class EvictingCache(Cache):
 
     def reset(self) -> None:
         """Forgets everything; the cache can take a new prompt."""
-        self.outstanding, self.repeats, self._drafting_from, self._is_broken = None, None, 0, False
+        self.outstanding, self.repeats, self._drafting_from, self.is_broken = None, None, 0, False
         self._decision, self.stepping = PromptDecision(self.policy, self.evicted_layers), self._new_stepping()
         # New layers, because what a stock layer's own reset leaves behind differs between releases.
         self.layers = self._new_layers()

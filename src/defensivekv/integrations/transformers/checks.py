@@ -35,7 +35,9 @@ def check_forward(
     """
     first, x = layers[0], int(keys.shape[2])
     seen, stepping = first.store.seen, first.owner.stepping
-    is_broken = any(layer.store.seen != seen or layer.store.tail_length != first.store.tail_length for layer in layers)
+    is_broken = first.owner.is_broken or any(
+        layer.store.seen != seen or layer.store.tail_length != first.store.tail_length for layer in layers
+    )
     is_undecided = (
         stepping.is_underway if stepping is not None else seen and any(not layer.store.view for layer in layers)
     )
@@ -100,6 +102,12 @@ def check_single_reading(policy: Policy) -> None:
             "with defensivekv.prefill(model, cache, input_ids, tokenizer=tokenizer), then call generate(), or use "
             "defensivekv.compress"
         )
+
+
+def check_positive(name: str, value: object) -> None:
+    """Raises InvalidInputError for anything but a whole number of at least one."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidInputError(f"{name} {value!r} must be a positive integer")
 
 
 def row_numbers(rows: Sequence[int] | Tensor, batch_size: int) -> tuple[int, ...]:

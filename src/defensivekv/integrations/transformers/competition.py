@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 
-import torch
-
+from defensivekv.cache import filled_slots
 from defensivekv.policies import Policy
 from defensivekv.policies.scored import ScoredLayer
 from defensivekv.types import Kept, LayerScores
@@ -72,9 +71,7 @@ class Competition:
 
 def compacted_scores(scores: LayerScores, kept: Kept) -> LayerScores:
     """The scores of what stays, each head's in the last slots, as a compacted layer has its entries."""
-    counts = kept.sum(-1)
-    longest = int(counts.max())
-    filled = torch.arange(longest, device=scores.device) >= longest - counts.unsqueeze(-1)
+    filled = filled_slots(kept.sum(-1))
     slots = scores.new_full(filled.shape, float("-inf"))
     slots[filled] = scores[kept]
     return slots

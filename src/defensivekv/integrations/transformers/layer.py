@@ -149,7 +149,7 @@ class EvictedLayer(CacheLayerMixin):
 
     def _step(self, pending: Pending, stepping: "Stepping") -> None:
         tail = self.store.tail_length
-        if self.log is not None and stepping.is_due(self.store.seen - tail, tail, self.batch_size):
+        if self.log is not None and stepping.is_due(self.store.seen - tail, tail):
             self.owner.step(self, pending, self.log)
 
     def _observe_repeat(self, heard: Pending, repeats: tuple[int, int]) -> None:
@@ -217,9 +217,9 @@ class EvictedLayer(CacheLayerMixin):
         self._select_rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the rows of `indices` (numbers or a mask); what no row of them reads is freed."""
+        """Keeps the rows of these numbers; what no row of them reads is freed."""
         self._check_decided("reordered")
-        self._select_rows(indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices)
+        self._select_rows(indices)
         self.store.release_rows()
 
     def batch_repeat_interleave(self, repeats: int) -> None:

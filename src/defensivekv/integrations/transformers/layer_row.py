@@ -18,7 +18,7 @@ from defensivekv.integrations.transformers.texts import Texts
 from defensivekv.policies import Observation
 from defensivekv.policies.evidence import Evidence
 from defensivekv.policies.layout import ABSENT, Layout
-from defensivekv.policies.steps import Facts, Stepper, merged
+from defensivekv.policies.steps import Facts, Stepper
 
 _KEY_ELEMENTS = 2**22
 """Of the keys that are laid out at a time, at most, where a head does not have more."""
@@ -98,7 +98,7 @@ class LayerRow:
 
     def hear(self, stepper: Stepper, queries: Float[Tensor, "q w d"], facts: Facts, pending: Pending) -> Evidence:
         """What is known of all slots once these queries were heard too."""
-        return merged(list(self._hear(stepper, queries, facts, pending)))
+        return Evidence.of_heads(list(self._hear(stepper, queries, facts, pending)))
 
     def _hear(
         self, stepper: Stepper, queries: Float[Tensor, "q w d"], facts: Facts, pending: Pending

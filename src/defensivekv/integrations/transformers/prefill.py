@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from defensivekv.errors import CacheError, InvalidInputError, UnsupportedModelError
 from defensivekv.integrations.transformers.cache import EvictingCache
+from defensivekv.integrations.transformers.checks import check_positive
 from defensivekv.integrations.transformers.layer import EvictedLayer
 from defensivekv.integrations.transformers.model import has_dynamic_rotation, max_positions
 from defensivekv.integrations.transformers.versions import CACHE_ARGUMENT
@@ -106,8 +107,8 @@ def masking(
 
 def check_chunk_size(policy: Policy, chunk_size: object) -> None:
     """Raises InvalidInputError for chunks that the policy could not observe from."""
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-        raise InvalidInputError(f"chunk_size {chunk_size!r} must be a positive integer")
+    check_positive("chunk_size", chunk_size)
+    assert isinstance(chunk_size, int)
     if not policy.budget.is_full and chunk_size < policy.num_window:
         raise InvalidInputError(
             f"chunk_size {chunk_size} is less than the window of {policy.num_window} that observes: give at least as "

@@ -45,6 +45,8 @@ class Stepping:
         self.texts = Texts()
         self.pinned = 0
         self.sizes: LayerSizes | None = None
+        self.limits: Limits | None = None
+        """What the bound comes to, for the batch of the pass that goes on; None without one."""
         self._competition = Competition(policy, layers)
         self._grown = Texts()
         self._facts: dict[int, Float[Tensor, "b h m f"]] = {}
@@ -71,13 +73,6 @@ class Stepping:
         sees = self.policy.scorer.sees
         return QueryLog(None if sees == "prompt" else self.stepper.num_queries(1))
 
-    def limits(self, num_rows: int) -> Limits | None:
-        """What the bound comes to; None without one. Raises BudgetError where that is too little."""
-        if self.bound is None:
-            return None
-        assert self.sizes is not None
-        return self.bound.limits(self.sizes, num_rows)
-
     def listens(self, seen: int) -> bool:
         """Whether the queries of the tokens after `seen` are of interest."""
         return self.bound is not None or self.is_reading(seen)
@@ -86,12 +81,11 @@ class Stepping:
         """Whether the tokens after `seen` are still the prompt's."""
         return seen < self.expected if self.expected is not None else seen == 0
 
-    def is_due(self, seen: int, tail: int, num_rows: int) -> bool:
+    def is_due(self, seen: int, tail: int) -> bool:
         """Whether there is a step after tokens that followed `seen`, with `tail` tokens since the last one."""
         if self.is_reading(seen):
             return True
-        limits = self.limits(num_rows)
-        return limits is not None and tail >= limits.interval
+        return self.limits is not None and tail >= self.limits.interval
 
     def check(self, sizes: LayerSizes, seen: int, new: int, num_rows: int, *, revocable: bool) -> None:
         """Raises BudgetError or InvalidInputError where `new` tokens after `seen` cannot be stepped over as asked.
@@ -99,7 +93,8 @@ class Stepping:
         revocable: there may be drafts among them.
         """
         self.sizes = sizes
-        self.limits(num_rows)
+        if self.bound is not None:
+            self.limits = self.bound.limits(sizes, num_rows)
         if not self.is_reading(seen):
             return
         if self._prompt_has_budget:
@@ -134,7 +129,7 @@ class Stepping:
             rows = [self._heard(row, store, log, pending) for row in range(b)]
         except InvalidInputError as error:
             raise InvalidInputError(f"layer {layer}: {error}") from None
-        shares = self._shares(store, b)
+        shares = self._shares(store)
         scores = tail.keys.new_full((b, *tail.keys.shape[1:2], store.num_slots), float("-inf"), dtype=torch.float32)
         facts = tail.keys.new_zeros(*scores.shape, self.stepper.num_facts, dtype=torch.float32)
         for number, heard in enumerate(rows):
@@ -169,7 +164,7 @@ class Stepping:
         self._grown = self.texts.grown(start, valid, counts)
 
     def _end(self, store: RaggedLayer, shares: Sequence[Fraction]) -> None:
-        self.texts = replace(self._grown, shares=tuple(min(Fraction(1), share) for share in shares))
+        self.texts = replace(self._grown, shares=tuple(shares))
         self._facts = {}
         if self.is_reading(store.seen - store.tail_length) and not self.is_reading(store.seen):
             empty = [row for row, count in enumerate(self.texts.tokens) if not count]
@@ -177,13 +172,13 @@ class Stepping:
                 raise InvalidInputError(f"row {empty[0]} of the batch holds pads only: pass at least one token per row")
             say_what_is_whole(self.policy, self.texts)
 
-    def _shares(self, store: RaggedLayer, num_rows: int) -> list[Fraction]:
+    def _shares(self, store: RaggedLayer) -> list[Fraction]:
         """Of the tokens that each row has so far, what may stay."""
         tokens = self._grown.tokens
-        limits, most = self.limits(num_rows), [Fraction(count) for count in tokens]
-        if limits is not None:
+        most = [Fraction(count) for count in tokens]
+        if self.limits is not None:
             alive = [0 if row in self.texts.released else count for row, count in enumerate(tokens)]
-            most = limits.of_rows(alive)
+            most = self.limits.of_rows(alive)
         if self.is_reading(store.seen - store.tail_length) and self._prompt_has_budget:
             most = [min(limit, self._of_prompt(store.seen, count)) for limit, count in zip(most, tokens, strict=True)]
         return [min(Fraction(1), limit / max(1, count)) for limit, count in zip(most, tokens, strict=True)]
