@@ -129,13 +129,14 @@ class Sizes:
 
 
 @st.composite
-def sizes(draw: st.DrawFn, *, flash: bool = False, hiding: bool = True) -> Sizes:
+def sizes(draw: st.DrawFn, *, flash: bool = False, native: bool = False, hiding: bool = True) -> Sizes:
     """Odd lengths, empty heads, giant heads among tiny ones, rows repeated, reordered and left out.
 
-    flash: only what the flash kernel can serve: no softcap, keys and values of one size. hiding: in some cases
-    there are queries that see nothing of the tail.
+    flash, native: only what that kernel can serve: no softcap, keys and values of one size; sizes that are multiples
+    of 16. hiding: in some cases there are queries that see nothing of the tail.
     """
-    d, x = draw(st.sampled_from([1, 3, 8, 16, 64, 80, 96])), draw(st.sampled_from([1, 1, 2, 5]))
+    d = draw(st.sampled_from([16, 48, 64, 80, 96, 128, 256] if native else [1, 3, 8, 16, 64, 80, 96]))
+    x = draw(st.sampled_from([1, 1, 2, 5]))
     heads, sources = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     n = draw(st.sampled_from([0, 1, 9, 130, 300, 700]))
     length = st.sampled_from([0, 1, 2, n // 2, n]).map(lambda count: min(count, n))
@@ -144,7 +145,7 @@ def sizes(draw: st.DrawFn, *, flash: bool = False, hiding: bool = True) -> Sizes
         seed=draw(st.integers(0, 2**31 - 1)),
         groups=draw(st.integers(1, 8)),
         key_size=d,
-        value_size=d if flash else draw(st.sampled_from([d, 1, 5, 24])),
+        value_size=d if flash else draw(st.sampled_from([d, 16, 112] if native else [d, 1, 5, 24])),
         num_queries=x,
         tail=x + draw(st.sampled_from([0, 1, 7, 40])),
         prompt=n,

@@ -89,7 +89,7 @@ def _by_block(
     merged = log_sum.new_zeros(*shape, values.shape[-1])
     sizes = [len(part[1]) for part in parts]
     for (output, _), owner, weight in zip(parts, owners.split(sizes), weights.split(sizes), strict=True):
-        merged.index_add_(0, owner, output.float().mul_(weight.unsqueeze(-1)))
+        merged.index_add_(0, owner, output.to(merged.dtype).mul_(weight.unsqueeze(-1)))
     merged /= total.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
     return merged, highest + total.log()
 

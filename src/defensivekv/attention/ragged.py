@@ -6,14 +6,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from defensivekv.attention import flash_cpu, matmul
+from defensivekv.attention import flash_cpu, matmul, native, triton
 from defensivekv.attention.partial import Partial, merge, pack, unpack
 from defensivekv.attention.prefix import prefix_partial
 from defensivekv.cache import PrefixView
 from defensivekv.errors import InvalidInputError
+from defensivekv.kernels.native import find_library
 from defensivekv.types import Keys, Values
 
-Backend = Literal["auto", "flash-cpu", "matmul"]
+Backend = Literal["auto", "native", "triton", "flash-cpu", "matmul"]
 
 _MATMUL_QUERIES = 4
 _MATMUL_ENTRIES = 2**14
@@ -45,13 +46,35 @@ def attend(
     tail_keys, tail_values: (b, h, t, d or v), the last `x` tokens being the queries' own.
     visible: (b or 1, 1 or q, x, t) what may be read of the tail; None: causal.
     scaling: factor on the logits. softcap, sinks: as in `Observation`.
-    backend: "flash-cpu" (CPU, no softcap), "matmul" (anywhere) or "auto", the fastest that can: on a CPU
-        "flash-cpu", except that few float32 queries read a large prefix by "matmul".
+    backend: "native" (few queries on a CPU, where there is a compiler), "triton" (CUDA, fastest for few queries),
+        "flash-cpu" (CPU, no softcap), "matmul" (anywhere) or "auto", the fastest that can: in this order, except that
+        many queries are not read by "triton", and that without "native" few float32 queries read a large prefix by
+        "matmul".
 
     Raises InvalidInputError where the backend cannot serve the tensors.
     """
     x = queries.shape[2]
     h, t = tail_keys.shape[1:3]
+    can_run_native = backend in ("auto", "native") and native.supports(queries, tail_keys, tail_values)
+    if can_run_native:
+        return native.attend(
+            queries, view, tail_keys, tail_values, visible=visible, scaling=scaling, softcap=softcap, sinks=sinks
+        )
+    if backend == "native":
+        raise InvalidInputError(
+            f"backend 'native' needs CPU tensors of one dtype, head sizes that are multiples of 16, at most "
+            f"{native.MAX_ROWS} query heads of a group times positions, and its library: {find_library().reason}"
+        )
+    wants_triton = backend == "triton" or (backend == "auto" and triton.suits(queries, tail_keys))
+    if wants_triton and triton.supports(queries, tail_keys, tail_values):
+        return triton.attend(
+            queries, view, tail_keys, tail_values, visible=visible, scaling=scaling, softcap=softcap, sinks=sinks
+        )
+    if backend == "triton":
+        raise InvalidInputError(
+            "backend 'triton' needs CUDA tensors of one dtype (float16, bfloat16 or float32), Triton, and head sizes "
+            f"of at most {triton.MAX_HEAD_SIZE}"
+        )
     packed = pack(queries, h)
     group_sinks = None if sinks is None else sinks.view(h, -1, 1).expand(-1, -1, x).flatten(1)
     can_flash = flash_cpu.supports(queries, tail_values, softcap)

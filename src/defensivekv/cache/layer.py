@@ -19,6 +19,19 @@ from defensivekv.types import Kept
 
 
 @dataclass(frozen=True, eq=False)
+class PrefixIndex:
+    """Where a prefix's segments lie and who reads them, as int64 CPU tensors.
+
+    offsets: (rows * heads + 1,) where each head of each row of the prefix begins; the last is where all end.
+    first_reader, readers: batch rows that read row `i` of the prefix are `readers[first_reader[i]:first_reader[i + 1]]`.
+    """
+
+    offsets: Int[Tensor, " segments"]
+    first_reader: Int[Tensor, " rows"]
+    readers: Int[Tensor, " b"]
+
+
+@dataclass(frozen=True, eq=False)
 class PrefixView:
     """A prefix as the rows of a batch see it: batch row `i` reads the prefix's row `rows[i]`."""
 
@@ -32,6 +45,19 @@ class PrefixView:
         for batch_row, prefix_row in enumerate(self.rows):
             readers.setdefault(prefix_row, []).append(batch_row)
         return tuple(readers.items())
+
+    @cached_property
+    def index(self) -> PrefixIndex:
+        """The same for a kernel."""
+        starts = [start for row in self.prefix.offsets for start in row]
+        readers = dict(self.sharers)
+        of_rows = [readers.get(row, []) for row in range(len(self.prefix.lengths))]
+        counts = torch.tensor([0, *(len(rows) for rows in of_rows)])
+        return PrefixIndex(
+            torch.tensor([*starts, len(self.prefix.keys)]),
+            counts.cumsum(0),
+            torch.tensor([row for rows in of_rows for row in rows], dtype=torch.long),
+        )
 
     @property
     def is_identity(self) -> bool:
