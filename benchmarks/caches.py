@@ -81,8 +81,7 @@ def filled_evicting(
         layer = cache.layers[index]
         lengths = ragged_lengths(config.num_key_value_heads, tokens, budget, generator)
         prefix = ragged_prefix(lengths, seen, config.head_dim, model.dtype, model.device, generator)
-        layer.store.view = PrefixView(prefix, (0,))
-        layer.store.seen = seen
+        layer.store.start_from(PrefixView(prefix, (0,)), seen)
         layer.awaits_prompt = False
         layer.is_initialized = True
     return cache

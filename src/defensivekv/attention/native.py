@@ -2,12 +2,13 @@
 
 import ctypes
 from ctypes import c_float, c_int64, c_void_p
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from defensivekv.cache import PrefixView
+from defensivekv.cache import PrefixIndex, PrefixView
 from defensivekv.kernels.native import find_library
 from defensivekv.types import Keys, Values
 
@@ -55,6 +56,24 @@ def supports(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
     )
 
 
+def needs() -> str:
+    """What `supports` asks for."""
+    library = "" if find_library().functions is not None else f", and its library: {find_library().reason}"
+    return (
+        "the CPU kernel needs float32, bfloat16 or float16 throughout, head sizes that are multiples of "
+        f"{_LANES} and at most {MAX_ROWS} query heads of a group times positions{library}"
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """A prefix's keys (s, d) and values (s, v), and where its heads lie in them."""
+
+    keys: Tensor
+    values: Tensor
+    index: PrefixIndex
+
+
 def attend(
     queries: Float[Tensor, "b q x d"],
     view: PrefixView | None,
@@ -66,7 +85,22 @@ def attend(
     softcap: float | None,
     sinks: Float[Tensor, " q"] | None,
 ) -> Float[Tensor, "b q x v"]:
-    """As `attention.attend`, of tensors that `supports` agreed to. The result is a view of a contiguous (b, x, q, v)."""
+    """As `attention.attend`, of tensors that `supports` agreed to; gives a view of a contiguous (b, x, q, v)."""
+    prefix = None if view is None else Segments(view.prefix.keys, view.prefix.values, view.index)
+    return read(queries, prefix, tail_keys, tail_values, visible, scaling, softcap, sinks).transpose(1, 2)
+
+
+def read(
+    queries: Float[Tensor, "b q x d"],
+    prefix: Segments | None,
+    tail_keys: Keys,
+    tail_values: Values,
+    visible: Bool[Tensor, "#b #q x t"] | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: Float[Tensor, " q"] | None,
+) -> Float[Tensor, "b x q v"]:
+    """The call itself."""
     (b, q, x, d), (h, t), v = queries.shape, tail_keys.shape[1:3], tail_values.shape[-1]
     # Elements of a vector must lie side by side; nothing else is asked of the layout.
     queries, tail_keys, tail_values = (_innermost(tensor) for tensor in (queries, tail_keys, tail_values))
@@ -92,9 +126,9 @@ def attend(
         scaling=scaling,
         softcap=0.0 if softcap is None else softcap,
     )
-    if view is not None:
-        index = view.index
-        call.keys, call.values = view.prefix.keys.data_ptr(), view.prefix.values.data_ptr()
+    if prefix is not None:
+        index = prefix.index
+        call.keys, call.values = prefix.keys.data_ptr(), prefix.values.data_ptr()
         call.sources = len(index.first_reader) - 1
         call.offsets, call.first_reader = index.offsets.data_ptr(), index.first_reader.data_ptr()
         call.readers = index.readers.data_ptr()
@@ -108,7 +142,7 @@ def attend(
     assert functions is not None
     if functions.defensivekv_attend(ctypes.byref(call)):
         raise MemoryError("no memory for the partial results of attention")
-    return output.transpose(1, 2)
+    return output
 
 
 def _innermost(tensor: Tensor) -> Tensor:

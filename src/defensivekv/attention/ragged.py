@@ -11,7 +11,6 @@ from defensivekv.attention.partial import Partial, merge, pack, unpack
 from defensivekv.attention.prefix import prefix_partial
 from defensivekv.cache import PrefixView
 from defensivekv.errors import InvalidInputError
-from defensivekv.kernels.native import find_library
 from defensivekv.types import Keys, Values
 
 Backend = Literal["auto", "native", "triton", "flash-cpu", "matmul"]
@@ -61,20 +60,14 @@ def attend(
             queries, view, tail_keys, tail_values, visible=visible, scaling=scaling, softcap=softcap, sinks=sinks
         )
     if backend == "native":
-        raise InvalidInputError(
-            f"backend 'native' needs CPU tensors of one dtype, head sizes that are multiples of 16, at most "
-            f"{native.MAX_ROWS} query heads of a group times positions, and its library: {find_library().reason}"
-        )
+        raise InvalidInputError(f"backend 'native' cannot serve these tensors: {native.needs()}")
     wants_triton = backend == "triton" or (backend == "auto" and triton.suits(queries, tail_keys))
     if wants_triton and triton.supports(queries, tail_keys, tail_values):
         return triton.attend(
             queries, view, tail_keys, tail_values, visible=visible, scaling=scaling, softcap=softcap, sinks=sinks
         )
     if backend == "triton":
-        raise InvalidInputError(
-            "backend 'triton' needs CUDA tensors of one dtype (float16, bfloat16 or float32), Triton, and head sizes "
-            f"of at most {triton.MAX_HEAD_SIZE}"
-        )
+        raise InvalidInputError(f"backend 'triton' cannot serve these tensors: {triton.NEEDS}")
     packed = pack(queries, h)
     group_sinks = None if sinks is None else sinks.view(h, -1, 1).expand(-1, -1, x).flatten(1)
     can_flash = flash_cpu.supports(queries, tail_values, softcap)

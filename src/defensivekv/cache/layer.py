@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from defensivekv.cache.prefix import RaggedPrefix
+from defensivekv.cache.static_tail import StaticTail
 from defensivekv.cache.tail import Tail
 from defensivekv.errors import CacheError
 from defensivekv.types import Kept
@@ -23,7 +24,8 @@ class PrefixIndex:
     """Where a prefix's segments lie and who reads them, as int64 CPU tensors.
 
     offsets: (rows * heads + 1,) where each head of each row of the prefix begins; the last is where all end.
-    first_reader, readers: batch rows that read row `i` of the prefix are `readers[first_reader[i]:first_reader[i + 1]]`.
+    first_reader, readers: the batch rows that read row `i` of the prefix are those of `readers` from
+    `first_reader[i]` up to `first_reader[i + 1]`.
     """
 
     offsets: Int[Tensor, " segments"]
@@ -68,15 +70,27 @@ class PrefixView:
 class RaggedLayer:
     """Keys and values of one layer.
 
-    seen: tokens that went in, pads and evicted ones counted: the logical length. reserve: tokens that a tail has room
-    for from the start, so that it need not grow; one that starts with more is as it comes.
+    before: tokens that went in before those of the tail. reserve: tokens that a tail has room for from the start, so
+    that it need not grow; one that starts with more is as it comes. static_tokens: of the tail after a prefix, whose
+    buffers then never move; None: they grow.
     """
 
-    def __init__(self, reserve: int = 0) -> None:
+    def __init__(self, reserve: int = 0, static_tokens: int | None = None) -> None:
         self.view: PrefixView | None = None
-        self.tail: Tail | None = None
-        self.seen = 0
+        self.tail: Tail | StaticTail | None = None
+        self.before = 0
         self.reserve = reserve
+        self.static_tokens = static_tokens
+
+    @property
+    def seen(self) -> int:
+        """Tokens that went in, pads and evicted ones counted: the logical length."""
+        return self.before + self.tail_length
+
+    @property
+    def static_tail(self) -> StaticTail | None:
+        """The tail, where its buffers never move."""
+        return self.tail if isinstance(self.tail, StaticTail) else None
 
     @property
     def tail_length(self) -> int:
@@ -106,7 +120,6 @@ class RaggedLayer:
             self.tail = Tail.of(keys, values)
         else:
             self.tail.append(keys, values, self.reserve)
-        self.seen += keys.shape[2]
         return self.tail.keys, self.tail.values
 
     @property
@@ -130,8 +143,19 @@ class RaggedLayer:
                 prefix = replace(prefix, facts=facts[kept])
         else:
             prefix = self._recompacted(self.view, kept, facts)
-        self.view = PrefixView(prefix, tuple(range(kept.shape[0])))
-        self.tail = None
+        self.start_from(PrefixView(prefix, tuple(range(kept.shape[0]))), self.seen)
+
+    def start_from(self, view: PrefixView, seen: int) -> None:
+        """Holds a prefix of a text of `seen` tokens, and nothing after it."""
+        before, self.view, self.tail, self.before = self.static_tail, view, None, seen
+        if self.static_tokens is None:
+            return
+        prefix, shape = view.prefix, (len(view.rows), len(view.prefix.lengths[0]), self.static_tokens)
+        if before is not None and before.key_buffer.shape[:3] == shape:
+            before.count.zero_()
+            self.tail = before
+        else:
+            self.tail = StaticTail.empty(shape, (prefix.keys.shape[-1], prefix.values.shape[-1]), prefix.keys)
 
     def _recompacted(self, view: PrefixView, kept: Kept, facts: Float[Tensor, "b h t f"] | None) -> RaggedPrefix:
         slots, old = view.prefix.slots(view.rows), view.prefix
@@ -200,7 +224,6 @@ class RaggedLayer:
             )
         if self.tail is not None and count:
             self.tail.drop_last(count, self.reserve)
-            self.seen -= count
 
     def select_rows(self, index: Int[Tensor, " rows"]) -> None:
         """Makes the batch the rows of `index`, which may repeat. The prefix is not copied."""
@@ -212,7 +235,7 @@ class RaggedLayer:
 
     def fork(self) -> "RaggedLayer":
         """A layer that goes on by itself from here, sharing the prefix."""
-        twin = RaggedLayer(self.reserve)
-        twin.view, twin.seen = self.view, self.seen
+        twin = RaggedLayer(self.reserve, self.static_tokens)
+        twin.view, twin.before = self.view, self.before
         twin.tail = None if self.tail is None else self.tail.clone()
         return twin

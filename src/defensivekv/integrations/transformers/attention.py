@@ -15,11 +15,23 @@ from transformers.masking_utils import sdpa_mask
 
 from defensivekv.attention import attend
 from defensivekv.attention.ragged import causal_mask
-from defensivekv.cache import PrefixView
+from defensivekv.attention.static import StaticReads, attend_static
+from defensivekv.cache import PrefixView, StaticTail
 from defensivekv.errors import DefensiveKVWarning, InvalidInputError, UnsupportedModelError
 
 _TAG = "_defensivekv"
 _HIDDEN = "_defensivekv_hidden"
+
+
+class StaticHandoff:
+    """What a cache attaches to them in compiled code: tensors, of which nobody has to be told anything.
+
+    reads: the prefix. tail: where the keys lie that were handed out with it.
+    """
+
+    def __init__(self, reads: StaticReads, tail: StaticTail) -> None:
+        self.reads = reads
+        self.tail = tail
 
 
 class Handoff(Protocol):
@@ -92,7 +104,7 @@ def attention_forward(
     softcap, s_aux: as models pass them; `s_aux` (q,) are learned attention sinks.
     """
     scale = float(query.shape[-1]) ** -0.5 if scaling is None else scaling
-    handoff: Handoff | None = getattr(key, _TAG, None)
+    handoff: Handoff | StaticHandoff | None = getattr(key, _TAG, None)
     if handoff is not getattr(value, _TAG, None):
         raise UnsupportedModelError(
             f"{type(module).__name__} computes new keys or values from those that the cache returned, so they cannot "
@@ -102,6 +114,8 @@ def attention_forward(
         _warn_of_stock_cache(module, query, key)
         return _dense(module, query, key, value, attention_mask, dropout, scale, softcap, s_aux, **kwargs), None
     _check_arguments(attention_mask, dropout, kwargs)
+    if isinstance(handoff, StaticHandoff):
+        return _read_static(handoff, query, attention_mask, scale, softcap, s_aux), None
     handoff.consume(module)
     if handoff.view is None:
         output = _dense(module, query, key, value, attention_mask, dropout, scale, softcap, s_aux, **kwargs)
@@ -176,6 +190,20 @@ def _read(
 ) -> Tensor:
     output = attend(query, view, key, value, visible=mask, scaling=scaling, softcap=softcap, sinks=sinks)
     return output.transpose(1, 2).contiguous()
+
+
+def _read_static(
+    handoff: StaticHandoff,
+    query: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    output = attend_static(
+        query, handoff.reads, handoff.tail, visible=mask, scaling=scaling, softcap=softcap, sinks=sinks
+    )
+    return output.transpose(1, 2)
 
 
 def _check_arguments(mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from defensivekv.budget import Budget, entry_bytes
 from defensivekv.errors import CacheError, DefensiveKVError, InvalidInputError
@@ -22,6 +22,7 @@ from defensivekv.integrations.transformers.checks import (
     check_model,
     check_positive,
     check_single_reading,
+    check_static,
     check_tokens,
     row_numbers,
 )
@@ -45,6 +46,10 @@ from defensivekv.policies import Policy
 from defensivekv.policies import policy as make_policy
 
 
+MANY_TOKENS = 2**20
+"""Stands for a model's longest text, where its configuration does not say."""
+
+
 class EvictingCache(Cache):
     """A KV cache that evicts what the policy does not keep of the prompt, and frees it.
 
@@ -61,6 +66,8 @@ class EvictingCache(Cache):
     max_entries: of each sequence, prompt and generated tokens, per head on average.
     max_batch_bytes: of all sequences of the batch together: bytes, or a text such as "1GiB".
     interval: tokens between two steps of eviction under a bound; 128, or an eighth of the bound, where not given.
+    static_tokens: room for this many tokens after the prompt, in buffers that never move, so that decoding steps can
+        be compiled: see `docs/performance.md`. Not under a bound. None: buffers grow as needed.
 
     Raises UnsupportedModelError, BudgetError, UnknownPolicyError or InvalidInputError at once; CacheError when
     used with another model, or after `disable`. For inference only: gradients do not flow through it.
@@ -75,6 +82,7 @@ class EvictingCache(Cache):
         max_entries: int | None = None,
         max_batch_bytes: int | str | None = None,
         interval: int | None = None,
+        static_tokens: int | None = None,
         **options: Any,
     ) -> None:
         if isinstance(policy, Policy):
@@ -88,6 +96,10 @@ class EvictingCache(Cache):
         check_supported(model)
         self._config = text_config(model)
         self._plans = plan_layers(self._config)
+        self.static_tokens = static_tokens
+        if static_tokens is not None:
+            check_positive("static_tokens", static_tokens)
+            check_static(self._plans, is_bounded=bound is not None)
         self._model = weakref.ref(model)
         self._module_ids = frozenset(id(module) for module in model.modules())
         self._max_tokens = max_positions(model)
@@ -107,7 +119,11 @@ class EvictingCache(Cache):
         super().__init__(layers=self._new_layers())
 
     def _new_layers(self) -> list[Any]:
-        stock = DynamicCache(config=self._config).layers
+        if self.static_tokens is None:
+            stock = DynamicCache(config=self._config).layers
+        else:
+            # Full attention is ours, and what is left holds its window: the length is a formality.
+            stock = StaticCache(config=self._config, max_cache_len=self._max_tokens or MANY_TOKENS).layers
         return [EvictedLayer(self, index) if plan.evicted else stock[index] for index, plan in enumerate(self._plans)]
 
     def _new_stepping(self) -> Stepping | None:
@@ -227,14 +243,14 @@ class EvictingCache(Cache):
             pending = self._with_rotary(pending, layer.index)
         observation = pending.observation(tail.keys, tail.values, self.policy)
         for index, kept in self._decision.add(layer.index, observation, pending.evidence).items():
-            self.layers[index].store.compact(kept)
+            self.layers[index].compact(kept)
 
     def step(self, layer: EvictedLayer, pending: Pending, log: QueryLog) -> None:
         """Lets the layer's queries be heard, and evicts where that is decided."""
         stepping = self.stepping
         assert stepping is not None
         for index, stays in stepping.step(layer.index, layer.store, log, pending).items():
-            self.layers[index].store.compact(stays.kept, stays.facts)
+            self.layers[index].compact(stays.kept, stays.facts)
         if layer.index == self.evicted_layers[-1] and not stepping.listens(layer.store.seen):
             # The prompt is read, and nothing will be evicted any more.
             for evicted in self._evicted:
@@ -352,7 +368,7 @@ class EvictingCache(Cache):
         """
         numbers = row_numbers(rows, max(0, self._evicted[0].batch_size))
         for layer in self._evicted:
-            layer.store.release_rows(numbers)
+            layer.release_rows(numbers)
         self._decision.texts = self._decision.texts.without(numbers)
         if self.stepping is not None:
             self.stepping.texts = self.stepping.texts.without(numbers)
@@ -392,6 +408,7 @@ class EvictingCache(Cache):
                 forked.store = layer.store.fork()
                 forked.awaits_prompt, forked.is_initialized = layer.awaits_prompt, layer.is_initialized
                 forked.log = None if layer.log is None else layer.log.fork()
+                forked.refresh_reads()
                 twin.layers.append(forked)
             else:
                 twin.layers.append(copy.deepcopy(layer))

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from defensivekv.errors import CacheError, DefensiveKVWarning, InvalidInputError
+from defensivekv.errors import CacheError, DefensiveKVWarning, InvalidInputError, UnsupportedModelError
 from defensivekv.integrations.transformers.layer import EvictedLayer
-from defensivekv.integrations.transformers.model import is_enabled
+from defensivekv.integrations.transformers.model import LayerPlan, is_enabled
 from defensivekv.policies import Policy
 
 
@@ -108,6 +108,20 @@ def check_positive(name: str, value: object) -> None:
     """Raises InvalidInputError for anything but a whole number of at least one."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InvalidInputError(f"{name} {value!r} must be a positive integer")
+
+
+def check_static(plans: Sequence[LayerPlan], *, is_bounded: bool) -> None:
+    """Raises where decoding steps cannot be compiled."""
+    if is_bounded:
+        raise InvalidInputError(
+            "static_tokens: steps under a bound evict between tokens, which compiled code cannot: leave out either"
+        )
+    whole = sorted({plan.kind for plan in plans if not plan.evicted} & {"full_attention", "latent_attention"})
+    if whole:
+        raise UnsupportedModelError(
+            f"static_tokens: {', '.join(whole).replace('_', ' ')} is kept in transformers' own growing cache, which "
+            "compiled code cannot: leave static_tokens out"
+        )
 
 
 def row_numbers(rows: Sequence[int] | Tensor, batch_size: int) -> tuple[int, ...]:

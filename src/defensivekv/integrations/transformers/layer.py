@@ -1,18 +1,20 @@
 """One evicted layer, in transformers' cache-layer interface."""
 
 import weakref
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
-from defensivekv.cache import PrefixView, RaggedLayer
+from defensivekv.attention.static import StaticReads
+from defensivekv.cache import PrefixView, RaggedLayer, StaticTail
 from defensivekv.errors import CacheError
-from defensivekv.integrations.transformers.attention import tag
+from defensivekv.integrations.transformers.attention import StaticHandoff, tag
 from defensivekv.integrations.transformers.pending import Pending
 from defensivekv.integrations.transformers.query_log import QueryLog
-from defensivekv.types import Keys, Values
+from defensivekv.types import Kept, Keys, Values
 
 if TYPE_CHECKING:
     from defensivekv.integrations.transformers.cache import EvictingCache
@@ -64,6 +66,7 @@ class LayerHandoff:
 class EvictedLayer(CacheLayerMixin):
     """Keys and values of a full-attention layer, evicted once the prompt has been read.
 
+    reads: how compiled code reads the prefix, where the cache is static; None: it is not, or has no prefix yet.
     record_past: set by assisted decoding, whose first forward carries drafts after the prompt: the decision
     then waits for `crop`.
     """
@@ -76,7 +79,9 @@ class EvictedLayer(CacheLayerMixin):
         super().__init__()
         self._owner = weakref.ref(owner)
         self.index = index
-        self.store = RaggedLayer()
+        self.static_tokens = owner.static_tokens
+        self.store = RaggedLayer(static_tokens=owner.static_tokens)
+        self.reads: StaticReads | None = None
         self.record_past = False
         self.awaits_prompt = True
         self.pending: Pending | None = None
@@ -96,6 +101,8 @@ class EvictedLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Keys, Values]:
         """Appends keys and values (b, h, x, d); gives the tail's, both tagged for the attention function."""
+        if torch.compiler.is_compiling():
+            return self._update_compiled(key_states, value_states)
         self.owner.check_update(self, key_states, value_states)
         self.is_initialized = True
         # Detached: a prefix that hangs on a graph would keep the evicted entries alive through it.
@@ -103,6 +110,34 @@ class EvictedLayer(CacheLayerMixin):
         handoff = LayerHandoff(self, self.store.view)
         self.owner.outstanding = handoff
         return tag(keys, handoff), tag(values, handoff)
+
+    def _update_compiled(self, key_states: Tensor, value_states: Tensor) -> tuple[Keys, Values]:
+        tail, reads = self.store.static_tail, self.reads
+        if tail is None or reads is None:
+            raise CacheError(
+                "compiled steps come after the prompt, and need a cache with room of a fixed size: read the prompt "
+                "without torch.compile, into EvictingCache(..., static_tokens=...)"
+            )
+        tail.write(key_states, value_states)
+        handoff = StaticHandoff(reads, tail)
+        return tag(tail.key_buffer, handoff), tag(tail.value_buffer, handoff)
+
+    def compact(self, kept: Kept, facts: Tensor | None = None) -> None:
+        """Makes what is kept the prefix; see `RaggedLayer.compact`."""
+        self.store.compact(kept, facts)
+        self.refresh_reads()
+
+    def refresh_reads(self) -> None:
+        """After a change of the prefix."""
+        tail, view = self.store.static_tail, self.store.view
+        self.reads = None if tail is None or view is None else StaticReads.of(view)
+        if tail is not None and self.reads is not None:
+            self.reads.check(tail)
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether decoding steps can be compiled."""
+        return self.static_tokens is not None
 
     @property
     def listens(self) -> bool:
@@ -161,11 +196,17 @@ class EvictedLayer(CacheLayerMixin):
         self.store.crop(int(heard.queries.shape[2]))
 
     def get_seq_length(self) -> int:
-        """Tokens seen, evicted ones and pads counted."""
+        """Tokens seen, evicted ones and pads counted; in compiled code a tensor, as of transformers' static layers."""
+        tail = self.store.static_tail
+        if tail is not None and torch.compiler.is_compiling():
+            return self.store.before + tail.count  # type: ignore[return-value]
         return self.store.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys that `update` will return: the tail."""
+        """Length and offset of the keys that `update` will return: the tail, in compiled code its whole buffers."""
+        static = self.store.static_tail
+        if static is not None and torch.compiler.is_compiling():
+            return static.capacity, self.store.before
         tail = self.store.tail_length
         return tail + query_length, self.store.seen - tail
 
@@ -207,7 +248,7 @@ class EvictedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.store = RaggedLayer()
+        self.store, self.reads = RaggedLayer(static_tokens=self.static_tokens), None
         self.pending, self.awaits_prompt, self.record_past, self.is_initialized = None, True, False, False
         self.log = None
 
@@ -220,7 +261,7 @@ class EvictedLayer(CacheLayerMixin):
         """Keeps the rows of these numbers; what no row of them reads is freed."""
         self._check_decided("reordered")
         self._select_rows(indices)
-        self.store.release_rows()
+        self.release_rows()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row; the repeats share its prefix."""
@@ -230,8 +271,14 @@ class EvictedLayer(CacheLayerMixin):
 
     def _select_rows(self, index: Tensor) -> None:
         self.store.select_rows(index)
+        self.refresh_reads()
         if self.log is not None:
             self.log = self.log.select_rows(index)
+
+    def release_rows(self, rows: Collection[int] = ()) -> None:
+        """Frees what is held of these rows, and of what no row reads; see `RaggedLayer.release_rows`."""
+        self.store.release_rows(rows)
+        self.refresh_reads()
 
     @property
     def batch_size(self) -> int:

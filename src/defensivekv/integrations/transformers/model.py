@@ -67,7 +67,11 @@ def _kind(config: PreTrainedConfig, index: int, layer: CacheLayerMixin) -> str:
 
 def max_positions(model: PreTrainedModel) -> int | None:
     """How many positions the model has, as far as its configuration says; stretched rotary positions counted."""
-    config = text_config(model)
+    return config_positions(text_config(model))
+
+
+def config_positions(config: PreTrainedConfig) -> int | None:
+    """The same, without a model. config: of the text decoder."""
     stated: int | None = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None)
     if stated is None or not isinstance(rope, dict):
