@@ -6,11 +6,11 @@ import torch
 from transformers import PreTrainedModel
 
 import defensivekv as dkv
-from benchmarks.caches import filled_evicting, filled_stock
 from benchmarks.models import random_model
 from benchmarks.result import Result, Target
 from benchmarks.settings import Settings
-from benchmarks.timing import Samples, medians, seconds
+from defensivekv.bench.caches import filled_evicting, filled_stock
+from defensivekv.bench.timing import Samples, medians, seconds
 from defensivekv.integrations.transformers.versions import CACHE_ARGUMENT
 
 _STOCK, _EVICTED = "stock cache", "evicted cache"

@@ -10,7 +10,7 @@ import defensivekv as dkv
 from benchmarks.models import random_model
 from benchmarks.result import Result, Target
 from benchmarks.settings import Settings
-from benchmarks.timing import Samples, synchronise
+from defensivekv.bench.timing import Samples, synchronise
 from defensivekv.integrations.transformers.versions import CACHE_ARGUMENT
 
 _METHODS = ("layer-defensivekv", "h2o", "tova", "streaming-llm")

@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_tests(device: str, paths: list[str]) -> dict[str, Any]:
-    """The tests of `tests/gpu` on the device, in a process of their own; their counts, and the names that failed."""
+    """The tests of `tests/gpu` and `tests/kernels` on the device, in a process of their own: counts and failures."""
     started = time.monotonic()
     environment = os.environ | {
         "DEFENSIVEKV_TEST_DEVICE": device,
@@ -69,7 +69,9 @@ def run_tests(device: str, paths: list[str]) -> dict[str, Any]:
     }
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
-        command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", f"--junitxml={report}"]
+        # On a CPU, the kernels' tests are among the ordinary ones.
+        folders = ["tests/gpu"] if device == "cpu" else ["tests/gpu", "tests/kernels"]
+        command = [sys.executable, "-m", "pytest", *folders, "-q", f"--junitxml={report}"]
         # The machine's releases may warn of things that the project's own do not: no reason to fail there.
         command += ["-p", "no:cacheprovider", "-o", "addopts=", "-o", "filterwarnings=default"]
         status = subprocess.run(command, cwd=ROOT, env=environment).returncode

@@ -5,12 +5,12 @@ from functools import partial
 import torch
 
 import defensivekv as dkv
-from benchmarks.caches import filled_evicting
 from benchmarks.decode_step import step
 from benchmarks.models import random_model
 from benchmarks.result import Result, Target
 from benchmarks.settings import Settings
-from benchmarks.timing import interleaved, medians
+from defensivekv.bench.caches import filled_evicting
+from defensivekv.bench.timing import interleaved, medians
 
 
 def run(settings: Settings, device: torch.device) -> list[Result]:

@@ -1,65 +1,9 @@
-"""What a result was measured on and with: device, threads, versions, commit."""
+"""What a result was measured on and with, as of the package."""
 
-import platform
-import subprocess
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-import torch
+from defensivekv.bench.machine import commit, describe, device_name
+
+__all__ = ["ROOT", "commit", "describe", "device_name"]
 
 ROOT = Path(__file__).resolve().parent.parent
-_PACKAGES = ("torch", "transformers", "triton", "safetensors")
-
-
-def describe(device: torch.device) -> dict[str, Any]:
-    """Everything needed to believe a figure, as JSON types."""
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "device": device_name(device),
-        "device_type": device.type,
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _PACKAGES},
-    }
-
-
-def device_name(device: torch.device) -> str:
-    """The device's product name, as far as it tells."""
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    return _processor() or platform.machine()
-
-
-def commit() -> str:
-    """The checked-out commit, marked where tracked files differ from it; "unknown" outside a checkout."""
-    try:
-        revision = _git("rev-parse", "HEAD")
-        changed = _git("status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return f"{revision} with changes" if changed else revision
-
-
-def _git(*arguments: str) -> str:
-    run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-    return run.stdout.strip()
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

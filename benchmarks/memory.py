@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
@@ -20,6 +19,7 @@ import defensivekv as dkv
 from benchmarks.models import random_model
 from benchmarks.result import Result, Target
 from benchmarks.settings import FULL, QUICK, Settings
+from defensivekv.bench.peak_memory import ALLOCATOR, PeakMemory
 from defensivekv.integrations.transformers.competition import Competition
 from defensivekv.integrations.transformers.versions import CACHE_ARGUMENT
 
@@ -89,11 +89,9 @@ def draw(settings: Settings, peaks: dict[str, list[float]]) -> None:
 
 
 def _measured(way: str, length: int, settings: Settings, device: torch.device) -> float:
-    # Freed blocks of more than 64 KiB go back to the system at once, so that the resident set is what is in use.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     kind = "full" if settings is FULL else "quick"
     command = [sys.executable, "-m", "benchmarks.memory", way, str(length), kind, str(device)]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    ran = subprocess.run(command, env=os.environ | ALLOCATOR, capture_output=True, text=True, check=True)
     return float(json.loads(ran.stdout.splitlines()[-1]))
 
 
@@ -112,20 +110,9 @@ def _peak(way: str, length: int, settings: Settings, device: torch.device) -> fl
     make, chunk, new = _ways(model, settings)[way]
     _read(model, make(), torch.ones(1, 2 * settings.chunk_size, dtype=torch.long, device=device), chunk, 2)
     ids = torch.randint(0, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        _read(model, make(), ids, chunk, new)
-        return float((torch.cuda.max_memory_allocated(device) - before) / 2**20)
-    before = psutil.Process().memory_info().rss
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
+    peak = PeakMemory(device)
     _read(model, make(), ids, chunk, new)
-    return float(max(0, _resident_peak() - before)) / 2**20
-
-
-def _resident_peak() -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return peak.bytes / 2**20
 
 
 def _ways(model: PreTrainedModel, settings: Settings) -> dict[str, tuple[Callable[[], Any], int | None, int]]:

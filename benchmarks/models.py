@@ -3,9 +3,11 @@
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from benchmarks.settings import Settings, dtype_of
+from defensivekv.bench.shapes import shape_config
+from defensivekv.bench.workers import random_model as random
 
 
 def random_model(
@@ -15,29 +17,6 @@ def random_model(
 
     dtype: that of the settings if empty. changes: to the configuration.
     """
-    shape = (
-        {
-            "hidden_size": 2048,
-            "intermediate_size": 8192,
-            "num_hidden_layers": 16,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 64,
-            "vocab_size": 128256,
-            "max_position_embeddings": 131072,
-            "tie_word_embeddings": True,
-        }
-        | dict(settings.model)
-        | changes
-    )
-    config = LlamaConfig(**shape, pad_token_id=None, bos_token_id=None, eos_token_id=None)
-    config._attn_implementation = "sdpa"
-    torch.manual_seed(seed)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype_of(dtype or settings.model_dtype))
-    try:
-        with torch.device(device):
-            model = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
-    return model.eval()
+    config = shape_config("llama-3.2-1b", **dict(settings.model) | changes)
+    made: LlamaForCausalLM = random.random_model(config, dtype_of(dtype or settings.model_dtype), device, seed)
+    return made

@@ -11,7 +11,7 @@ import defensivekv as dkv
 from benchmarks.models import random_model
 from benchmarks.result import Result, Target
 from benchmarks.settings import Settings
-from benchmarks.timing import Samples, medians, seconds
+from defensivekv.bench.timing import Samples, medians, seconds
 from defensivekv.integrations.transformers.layer import EvictedLayer
 from defensivekv.integrations.transformers.versions import CACHE_ARGUMENT
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.timing import Samples, medians
+from defensivekv.bench.timing import Samples, medians
 
 
 @dataclass(frozen=True)

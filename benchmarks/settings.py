@@ -3,16 +3,18 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from defensivekv.bench.dtypes import dtype_of as dtype_of
 
 
 @dataclass(frozen=True)
 class Settings:
     """Sizes and repetitions.
 
-    tokens: stored by the dense caches. prompt, prefill_layers: tokens of the prefill, and layers of the model
-    that it is timed on. logical_lengths: tokens seen, while the stored entries stay those of `budget` of the
-    shortest. short, medium, long: repetitions of calls that take milliseconds, tenths of a second, and seconds.
+    tokens: stored by the dense caches. scored, window: tokens whose entries are scored and compacted without a model,
+    and those at their end whose queries are observed. hidden: size of the output projection. prompt, prefill_layers:
+    tokens of the prefill, and layers of the model that it is timed on. logical_lengths: tokens seen, while the stored
+    entries stay those of `budget` of the shortest. short, medium, long: repetitions of calls that take milliseconds,
+    tenths of a second, and seconds.
     model: changes to the model's configuration. endless_tokens, bound: tokens generated, and entries per head that may
     be held meanwhile. memory_lengths, memory_ways, chunk_size: prompts whose peak is measured, how
     they are read, and tokens read at a time. thin:
@@ -25,6 +27,9 @@ class Settings:
     heads: int = 8
     groups: int = 4
     head_size: int = 128
+    scored: int = 8192
+    window: int = 32
+    hidden: int = 4096
     attention_dtypes: tuple[str, ...] = ("float32", "bfloat16")
     model_dtype: str = "bfloat16"
     prompt: int = 4096
@@ -54,6 +59,8 @@ FULL = Settings()
 QUICK = Settings(
     tokens=512,
     head_size=16,
+    scored=300,
+    hidden=64,
     model_dtype="float32",
     prompt=256,
     prefill_layers=2,
@@ -80,10 +87,3 @@ QUICK = Settings(
     thin=(),
     has_targets=False,
 )
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """The dtype of that name, such as "bfloat16"."""
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype

@@ -7,7 +7,19 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import attention, decode_step, endless, logical_length, machine, memory, prefill
+from benchmarks import (
+    attention,
+    compaction,
+    decode_step,
+    endless,
+    logical_length,
+    machine,
+    memory,
+    prefill,
+    ragged_attention,
+    value_norm,
+    window_scores,
+)
 from benchmarks.result import Result, write
 from benchmarks.settings import FULL, QUICK, Settings
 
@@ -15,6 +27,10 @@ RESULTS = machine.ROOT / "benchmarks" / "results"
 
 BENCHMARKS: dict[str, Callable[[Settings, torch.device], list[Result]]] = {
     "attention": attention.run,
+    "ragged-attention": ragged_attention.run,
+    "window-scores": window_scores.run,
+    "value-norm": value_norm.run,
+    "compaction": compaction.run,
     "decode-step": decode_step.run,
     "logical-length": logical_length.run,
     "prefill": prefill.run,

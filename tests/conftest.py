@@ -11,6 +11,10 @@ from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
 
+# Before anything imports Triton: without a GPU, its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Before the first import of the package. The rest of it is about models and files, not about shapes.
 _CHECKED = ["defensivekv.policies", "defensivekv.cache", "defensivekv.attention"]
 if find_spec("beartype") is not None:

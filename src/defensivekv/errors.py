@@ -5,7 +5,8 @@ DefensiveKVError
 ├── UnknownPolicyError     no policy of that name
 ├── InvalidInputError      tensors or prompts that cannot be used (shapes, NaN, no tokens, pads without a mask)
 ├── UnsupportedModelError  a model, layer or weight that this package cannot evict from
-└── CacheError             a cache used where or when it cannot answer correctly
+├── CacheError             a cache used where or when it cannot answer correctly
+└── RivalError             another package, measured beside this one, that could not be run
 
 DefensiveKVWarning is the category of every warning.
 """
@@ -33,6 +34,10 @@ class UnsupportedModelError(DefensiveKVError, ValueError):
 
 class CacheError(DefensiveKVError, RuntimeError):
     """A cache used with another model, after `disable`, or cropped into what was evicted."""
+
+
+class RivalError(DefensiveKVError, RuntimeError):
+    """A rival of `defensivekv bench` that did not start, failed, or does not do what was asked."""
 
 
 class DefensiveKVWarning(UserWarning):

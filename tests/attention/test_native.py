@@ -147,7 +147,9 @@ def test_what_the_kernel_cannot_serve_is_refused_when_it_is_asked_for_and_served
     odd = Sizes(0, 2, 24, 24, 1, 3, 20, [[20]], [0], None, 0.2, None, False)
     many = replace(odd, key_size=64, value_size=64, num_queries=40, tail=40)
     for case in (odd.case(torch.float32), many.case(torch.float32), odd.case(torch.float64)):
-        with pytest.raises(InvalidInputError, match="backend 'native' cannot serve these tensors: the CPU kernel needs"):
+        with pytest.raises(
+            InvalidInputError, match="backend 'native' cannot serve these tensors: the CPU kernel needs"
+        ):
             case.attend("native")
         assert case.attend("auto").shape == case.queries.shape
     meta = torch.zeros(1, 2, 1, 64, device="meta")

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
-from benchmarks.caches import ragged_lengths
 from benchmarks.machine import ROOT
 from benchmarks.result import Result, Target
 from benchmarks.suite import BENCHMARKS
@@ -24,8 +23,9 @@ def test_the_quick_run_writes_settings_versions_and_samples(tmp_path: Path, caps
     assert found["not_run"] == []
     names = {result["name"] for result in found["results"]}
     speed = {"attention-float32", "attention-bfloat16", "decode-step", "logical-length", "prefill"}
+    steps = {"window-scores", "value-norm", "compaction"}
     endless = {f"endless-{name}" for name in ("layer-defensivekv", "h2o", "tova", "streaming-llm")}
-    assert names == speed | endless | {"memory"}
+    assert names == speed | steps | endless | {"memory"}
     for result in found["results"]:
         assert result["settings"]
         assert all(len(times) > 0 and min(times) > 0 for times in result["samples_s"].values())
@@ -38,13 +38,6 @@ def test_an_unknown_benchmark_is_refused(capsys: pytest.CaptureFixture[str]) -> 
         main(["nothing"])
     message = capsys.readouterr().err
     assert all(name in message for name in BENCHMARKS)
-
-
-@pytest.mark.parametrize(("heads", "tokens", "budget"), [(8, 32768, 0.2), (2, 8, 1.0), (3, 100, 0.9), (5, 10, 0.1)])
-def test_ragged_lengths_are_the_budget(heads: int, tokens: int, budget: float) -> None:
-    lengths = ragged_lengths(heads, tokens, budget, torch.Generator().manual_seed(0))
-    assert sum(lengths) == int(tokens * budget * heads)
-    assert all(0 <= length <= tokens for length in lengths)
 
 
 def test_targets_say_whether_they_are_met() -> None:

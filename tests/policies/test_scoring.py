@@ -104,3 +104,18 @@ def test_chance_is_the_same_for_a_prompt_whose_keys_are_rounded_otherwise() -> N
     row = observation(Shape(2, 1, 4, 40, 3, 3), 0)
     rounded = replace(row, keys=row.keys * (1 + 1e-6))
     assert torch.equal(importances(UniformRandom(), rounded, 4), importances(UniformRandom(), row, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [33, 64, 500])
+def test_weights_are_made_in_float32_and_rounded_to_the_dtype(dtype: torch.dtype, tokens: int) -> None:
+    layer = observation(Shape(2, 3, 4, tokens, 16, 4), 0)
+    row = replace(layer, queries=layer.queries.to(dtype), keys=layer.keys.to(dtype), values=layer.values.to(dtype))
+    grouped = (row.queries[0] * row.softmax_scaling).view(2, 12, 16)
+    logits = (grouped @ row.keys[0].mT).float().view(2, 3, 4, tokens)
+    logits[..., -4:].masked_fill_(torch.ones(4, 4, dtype=torch.bool).triu(1), float("-inf"))
+    expected = logits.softmax(-1)[..., :-4].to(dtype).float()
+    found = importances(WindowAttention(), row, 4)
+    # Where it lies between two numbers of the dtype, the order in which a row was added up decides.
+    torch.testing.assert_close(found, expected, rtol=torch.finfo(dtype).eps, atol=1e-7)
+    assert (found == expected).float().mean() > 0.998

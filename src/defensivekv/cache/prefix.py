@@ -8,6 +8,7 @@
 Knows no policy and no model.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from defensivekv.cache.blocks import Blocks
+from defensivekv.kernels.device import runs_kernels
 from defensivekv.types import Kept, Keys, Positions, Values
 
 
@@ -42,10 +44,20 @@ class RaggedPrefix:
 
     @classmethod
     def gather(cls, keys: Keys, values: Values, kept: Kept) -> "RaggedPrefix":
-        """Copies the kept entries of a dense layer. The dense tensors are not referred to afterwards."""
+        """Copies the kept entries of a dense layer. The dense tensors are not referred to afterwards.
+
+        On a GPU, the lengths are waited for, once.
+        """
         counts: list[list[int]] = kept.sum(-1).tolist()
-        positions = kept.nonzero()[:, -1].to(torch.int32)
-        return cls(keys[kept], values[kept], positions, tuple(tuple(row) for row in counts))
+        lengths = tuple(tuple(row) for row in counts)
+        if runs_kernels(keys.device):
+            from defensivekv.kernels.compaction import compact
+
+            copied = compact(keys, values, kept, sum(map(sum, lengths)))
+            return cls(copied.keys, copied.values, copied.positions, lengths)
+        positions = kept.nonzero()[:, -1]
+        parts = positions.split([length for row in lengths for length in row])
+        return cls(_gathered(keys, parts), _gathered(values, parts), positions.to(torch.int32), lengths)
 
     def entries_of(self, rows: tuple[int, ...]) -> Int[Tensor, " n"]:
         """Where the entries of these rows lie, one row after the other; rows may repeat."""
@@ -103,3 +115,12 @@ class RaggedPrefix:
         """Bytes of keys, values, positions and facts."""
         facts = 0 if self.facts is None else self.facts.nbytes
         return self.keys.nbytes + self.values.nbytes + self.positions.nbytes + facts
+
+
+def _gathered(entries: Keys | Values, parts: Sequence[Int[Tensor, "_"]]) -> Float[Tensor, "s d"]:
+    """Entries of each head, by number. Whole rows are copied, where a mask would be looked up for every channel."""
+    copies = entries.new_empty(sum(map(len, parts)), entries.shape[-1])
+    heads = (head for row in entries for head in row)
+    for target, head, part in zip(copies.split([len(part) for part in parts]), heads, parts, strict=True):
+        target.copy_(head.index_select(0, part))
+    return copies

@@ -61,13 +61,17 @@ class StaticTail:
 
     def append(self, keys: Keys, values: Values, reserve: int = 0) -> None:
         """Adds tokens at the end. Raises CacheError where there is no room."""
-        used = self.used
-        if used + keys.shape[2] > self.capacity:
-            raise CacheError(
-                f"the cache has room for {self.capacity} tokens after its prompt, {used} are in it and "
-                f"{keys.shape[2]} more came: make it with a larger static_tokens"
-            )
+        self.check_room(keys.shape[2])
         self.write(keys, values)
+
+    def check_room(self, num_tokens: int) -> None:
+        """Raises CacheError where there is no room for so many more."""
+        used = self.used
+        if used + num_tokens > self.capacity:
+            raise CacheError(
+                f"the cache has room for {self.capacity} tokens after its prompt, {used} are in it and {num_tokens} "
+                "more came: make it with a larger static_tokens"
+            )
 
     def write(self, keys: Float[Tensor, "b h x d"], values: Float[Tensor, "b h x v"]) -> None:
         """As `append`, by tensors alone: for compiled code, which checks that places lie within the buffers."""

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from defensivekv.cli.ask import ask
+from defensivekv.cli.bench import bench
 from defensivekv.cli.demo import demo
 from defensivekv.cli.evaluate import evaluate
 from defensivekv.cli.lm_eval import lm_eval
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(ask)
 app.command()(evaluate)
+app.command()(bench)
 app.command()(lm_eval)
 app.command("policies")(list_policies)
 app.command()(profile)

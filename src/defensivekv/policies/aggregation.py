@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from defensivekv.errors import InvalidInputError
@@ -17,6 +16,9 @@ from defensivekv.types import HeadScores, Importance
 Places = Int[Tensor, "h n"]
 
 _TINY = 1e-12
+
+_CHUNK_ELEMENTS = 2**18
+"""Importances that are smoothed at a time on a CPU, so that they stay in the cache between the passes over them."""
 
 
 @runtime_checkable
@@ -110,9 +112,16 @@ class Defensive:
         _check_kernel_size(self.kernel_size)
 
     def reduce(self, importance: Importance, places: Places | None = None) -> HeadScores:
-        smoothed = _smooth(importance, self.kernel_size, places)
-        scale = importance.sum(-1, keepdim=True) / (smoothed.sum(-1, keepdim=True) + _TINY)
-        return smoothed.mul_(scale).amax(dim=(1, 2))
+        rows = importance.flatten(1, 2)
+        step = max(1, _CHUNK_ELEMENTS // max(1, rows[:, 0].numel())) if rows.device.type == "cpu" else rows.shape[1]
+        worst = [self._worst(part, places) for part in rows.split(step, dim=1)]
+        return worst[0] if len(worst) == 1 else torch.stack(worst).amax(0)
+
+    def _worst(self, rows: Float[Tensor, "h r n"], places: Places | None) -> HeadScores:
+        summed = _sum_neighbours(rows, self.kernel_size, places)
+        # The filter's division and the rescaling in one pass.
+        scale = rows.sum(-1, keepdim=True) / (summed.sum(-1, keepdim=True) + self.kernel_size * _TINY)
+        return summed.mul_(scale).amax(dim=1)
 
     def merge(self, first: HeadScores, second: HeadScores) -> HeadScores:
         return torch.maximum(first, second)
@@ -160,29 +169,25 @@ def _check_kernel_size(kernel_size: int) -> None:
         raise InvalidInputError(f"kernel_size {kernel_size!r} must be odd, so that the filter has a middle; 1: none")
 
 
-def _smooth(values: HeadScores | Importance, kernel_size: int, places: Places | None) -> HeadScores | Importance:
+def _smooth(values: HeadScores, kernel_size: int, places: Places | None) -> HeadScores:
     """Mean filter along the last dimension; a new tensor. Evicted neighbours count as zeros."""
-    if kernel_size == 1 or values.shape[-1] == 0:
-        return values.clone()
-    if places is not None:
-        return _smooth_by_place(values, kernel_size, places)
-    # Shifted sums: every one of them is a vectorised pass, which avg_pool1d is not on a CPU.
-    n = values.shape[-1]
-    padded = F.pad(values, (kernel_size // 2, kernel_size // 2))
-    total = padded[..., :n].clone()
-    for shift in range(1, kernel_size):
-        total += padded[..., shift : shift + n]
-    return total.div_(kernel_size)
+    return _sum_neighbours(values, kernel_size, places).div_(kernel_size)
 
 
-def _smooth_by_place(values: HeadScores | Importance, kernel_size: int, places: Places) -> HeadScores | Importance:
-    """An entry's neighbours are those of its head within half the filter's width of its position."""
+def _sum_neighbours(
+    values: Float[Tensor, "h *r n"], kernel_size: int, places: Places | None
+) -> Float[Tensor, "h *r n"]:
+    """The sum of each entry and of its head's within half the filter's width of its position; a new tensor.
+
+    Shifted sums: every one of them is a vectorised pass, which avg_pool1d is not on a CPU.
+    """
     reach, n = kernel_size // 2, values.shape[-1]
     total = values.clone()
     for shift in range(1, min(reach, n - 1) + 1):
-        near = places[:, shift:] - places[:, :-shift] <= reach
-        if values.dim() == 4:
-            near = near[:, None, None]
-        total[..., shift:] += values[..., :-shift] * near
-        total[..., :-shift] += values[..., shift:] * near
-    return total.div_(kernel_size)
+        before, after = values[..., :-shift], values[..., shift:]
+        if places is not None:
+            near = (places[:, shift:] - places[:, :-shift] <= reach).view(len(places), *[1] * (values.dim() - 2), -1)
+            before, after = before * near, after * near
+        total[..., shift:] += before
+        total[..., :-shift] += after
+    return total

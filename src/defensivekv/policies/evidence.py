@@ -8,6 +8,7 @@ from torch import Tensor
 
 from defensivekv.errors import InvalidInputError
 from defensivekv.policies.aggregation import Aggregation
+from defensivekv.policies.fused import window_scores
 from defensivekv.policies.layout import Layout
 from defensivekv.policies.observation import Observation
 from defensivekv.policies.preference import Preference
@@ -76,6 +77,12 @@ def observe(
     with_means: bool,
 ) -> Evidence:
     """The evidence of one row's queries, made some heads at a time, so that few importances are held at once."""
+    fused = None if preference is not None else window_scores(row, window_size, scorer, aggregation)
+    if fused is not None:
+        reduced, sums = fused
+        seen = row.num_groups * min(window_size, row.num_tokens)
+        counts = torch.full(reduced.shape[1:], seen, device=reduced.device)
+        return Evidence(reduced, counts, sums if with_means else None, None)
     n = row.num_prompt_tokens - (min(window_size, row.num_tokens) if scorer.has_window else 0)
     per_head = row.num_groups * min(window_size, row.queries.shape[2]) * row.num_tokens
     is_cpu = row.keys.device.type == "cpu"

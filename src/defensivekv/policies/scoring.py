@@ -178,7 +178,11 @@ def attention_weights(
     h, m, _ = keys.shape
     # Scaled first: products of large keys can exceed float16 where the model's own logits do not.
     grouped = (queries * row.softmax_scaling).reshape(h, q // h * x, d)
-    logits = (grouped @ keys.mT).float().view(h, q // h, x, m)
+    # Of one head as a plain product: a batched one copies keys that are strided.
+    products = (grouped[0] @ keys[0].mT)[None] if h == 1 else grouped @ keys.mT
+    logits = products.view(h, q // h, x, m)
+    if row.softcap is not None or row.sinks is not None:
+        logits = logits.float()
     if row.softcap is not None:
         logits = torch.tanh(logits / row.softcap) * row.softcap
     future = torch.ones(x, m - first, dtype=torch.bool, device=logits.device).triu(1)
@@ -189,6 +193,7 @@ def attention_weights(
 
 
 def _softmax(logits: Float[Tensor, "h g x m"], sinks: Float[Tensor, " q"] | None) -> Float[Tensor, "h g x m"]:
+    """In float32, whatever the dtype, in which the weights come out too."""
     if sinks is None:
         return logits.softmax(-1)
     h, g, x, _ = logits.shape

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from defensivekv.errors import InvalidInputError
+from defensivekv.kernels.device import runs_kernels
 from defensivekv.policies.allocation import Contender, PerLayer
 from defensivekv.policies.layout import Layout
 from defensivekv.policies.observation import Observation
@@ -90,13 +91,11 @@ class TwoStageValueNorm:
         weighted = scores * measured[:, :n]
         limit = max(0, floor((layout.num_tokens - window) * share - window))
         bias = mean_importance[:, max(0, n - window) :].sum(-1).mean()
-        ranked, order = mean_importance.sort(dim=-1, descending=True)
         # A head of which nothing was seen yet has no mass.
-        total = ranked.sum(-1, keepdim=True).clamp_min(torch.finfo(ranked.dtype).tiny)
-        cumulative = (ranked / total).cumsum(-1)
-        counts = (cumulative < self.mass - bias).sum(-1, keepdim=True).clamp_max(limit)
-        pinned = torch.zeros_like(weighted, dtype=torch.bool)
-        pinned.scatter_(-1, order, torch.arange(n, device=scores.device) < counts)
+        total = mean_importance.sum(-1, keepdim=True).clamp_min(torch.finfo(mean_importance.dtype).tiny)
+        ranked, order = mean_importance.topk(min(n, limit), dim=-1)
+        is_before = (ranked / total).cumsum(-1) < self.mass - bias
+        pinned = torch.zeros_like(weighted, dtype=torch.bool).scatter_(-1, order, is_before)
         return torch.where(pinned, weighted.max(), weighted)
 
 
@@ -204,7 +203,8 @@ class RecentFirst:
 def value_norms(row: Observation) -> Float[Tensor, "h t"]:
     """`mean over the group's query heads g of ‖v·Wo[g]‖₁`, (h, t) float32 (CriticalKV, arXiv 2502.03805).
 
-    The products are made in the model's dtype, in chunks of tokens: `t × hidden` is never held.
+    The products are made in the model's dtype, on CUDA by a kernel, elsewhere in chunks of tokens: `t × hidden` is
+    never held.
     Raises InvalidInputError without an output projection.
     """
     if row.output_projection is None:
@@ -216,8 +216,14 @@ def value_norms(row: Observation) -> Float[Tensor, "h t"]:
     h, t, v = values.shape
     g = row.num_groups
     hidden = row.output_projection.shape[0]
+    weights = row.output_projection.detach().to(values.dtype)
+    if runs_kernels(values.device):
+        from defensivekv.kernels import value_norm as kernel
+
+        if values.dtype in kernel.DTYPES:
+            return kernel.value_norms(values, weights)
     # (hidden, h, g, v): the columns of the weight belong to the query heads in order.
-    projection = row.output_projection.detach().to(values.dtype).view(hidden, h, g, v)
+    projection = weights.view(hidden, h, g, v)
     norms = torch.empty(h, t, dtype=torch.float32, device=values.device)
     step = max(1, min(t, _chunk_elements(values.device) // (g * hidden)))
     products = values.new_empty(step, g * hidden)

@@ -9,8 +9,9 @@ from defensivekv.evaluation.runner import evaluate, read_records, read_timings, 
 from defensivekv.evaluation.runner.cells import Cell, TaskFacts
 from defensivekv.evaluation.runner.examiner import Examiner, Outcome
 from defensivekv.evaluation.runner.plan import RunPlan, make_plan
-from defensivekv.evaluation.runner.store import CellLog, locked
+from defensivekv.evaluation.runner.store import CellLog
 from defensivekv.evaluation.tasks.sample import Sample, Unreadable
+from defensivekv.folders import locked
 from tests.evaluation.runner.samples import ListedTask, Loaded, byte_model, byte_tokenizer, examine, plan_of, sample
 
 SMALL = {"name": "snapkv", "window_size": 8}

@@ -10,10 +10,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import ScaledTranslation
 
 from defensivekv.budget import format_bytes
+from defensivekv.drawing import Style, add_legend, drawing, panels
 from defensivekv.evaluation.report.cell import Setting
 from defensivekv.evaluation.report.order import FULL, Group, budget_share, sorted_policies
 from defensivekv.evaluation.report.results import Results
-from defensivekv.evaluation.report.styles import FULL_COLOR, Style, add_legend, drawing, handle, label, panels, styles
+from defensivekv.evaluation.report.styles import FULL_COLOR, handle, label, styles
 from defensivekv.evaluation.report.wording import setting_label
 from defensivekv.evaluation.statistics import Interval
 

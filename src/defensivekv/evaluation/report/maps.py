@@ -14,20 +14,11 @@ from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.projections.polar import PolarAxes
 
+from defensivekv.drawing import DPI, Style, add_legend, drawing, panels
 from defensivekv.evaluation.report.cell import Cell, Setting
 from defensivekv.evaluation.report.order import FULL, Group, base_task, budget_label, task_length
 from defensivekv.evaluation.report.results import Results
-from defensivekv.evaluation.report.styles import (
-    DPI,
-    FULL_COLOR,
-    Style,
-    add_legend,
-    drawing,
-    handle,
-    label,
-    panels,
-    styles,
-)
+from defensivekv.evaluation.report.styles import FULL_COLOR, handle, label, styles
 from defensivekv.evaluation.report.wording import setting_label
 
 _MIN_AXES = 3

@@ -1,34 +1,14 @@
-"""How each policy is drawn, the same in every figure of a report, and what every figure shares."""
+"""How each policy is drawn, the same in every figure of a report."""
 
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
 
-import matplotlib as mpl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from defensivekv.drawing import LineStyle, Style
 from defensivekv.evaluation.report.order import FULL
 from defensivekv.evaluation.report.text import one_line
 
-DPI = 150
 FULL_COLOR = "black"
-
-LineStyle = Literal["-", "--", ":", "-."]
-
-
-@dataclass(frozen=True)
-class Style:
-    """As matplotlib has them."""
-
-    color: str
-    marker: str
-    line: LineStyle = "-"
-    width: float = 1.6
-
 
 _KNOWN = {
     "layer-defensivekv": Style("#b2182b", "o", width=2.2),
@@ -68,43 +48,8 @@ def label(text: str, limit: int = 40) -> str:
     return f" {line}" if line.startswith("_") else line
 
 
-@contextmanager
-def drawing() -> Iterator[None]:
-    """Within it, dollar signs in names start no formula, and letters that no font has are drawn as boxes."""
-    with mpl.rc_context(), warnings.catch_warnings():
-        mpl.rcdefaults()
-        mpl.rcParams["text.parse_math"] = False
-        mpl.rcParams["font.family"] = "DejaVu Sans"
-        mpl.rcParams["font.size"] = 9
-        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
-        yield
-
-
 def handle(name: str, style: Style) -> Line2D:
     """The policy's line in a legend."""
     return Line2D(
         [], [], color=style.color, marker=style.marker, linestyle=style.line, linewidth=style.width, label=name
     )
-
-
-def add_legend(figure: Figure, handles: Mapping[str, Line2D], columns: int) -> None:
-    """A legend below the panels, across the figure, in up to `columns` columns."""
-    if handles:
-        figure.legend(
-            list(handles.values()),
-            list(handles),
-            loc="outside lower center",
-            ncols=min(columns, len(handles)),
-            frameon=False,
-            fontsize=8,
-            handlelength=2.6,
-        )
-
-
-def panels(count: int, *, width: float = 4.0, height: float = 3.3, below: float = 0.0) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels, up to three in a row, of that size in inches; below: for a legend."""
-    columns = min(3, count)
-    rows = -(-count // columns)
-    figure = Figure(figsize=(max(width * columns, 5.2), height * rows + below), layout="constrained", dpi=DPI)
-    axes = [figure.add_subplot(rows, columns, number + 1) for number in range(count)]
-    return figure, axes

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from defensivekv.evaluation.records import Record
 from defensivekv.evaluation.runner.scribe import metric_version, score_outputs
-from defensivekv.evaluation.runner.store import locked, read_lines, record_files, replace_file
+from defensivekv.evaluation.runner.store import read_lines, record_files
+from defensivekv.folders import locked, replace_file
 
 
 def rescore(folder: Path) -> int:

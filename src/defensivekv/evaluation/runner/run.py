@@ -10,9 +10,10 @@ from defensivekv.evaluation.runner.crew import Crew, Load, LocalCrew, Tell
 from defensivekv.evaluation.runner.plan import RunPlan
 from defensivekv.evaluation.runner.rescoring import rescore_file
 from defensivekv.evaluation.runner.scribe import metric_version
-from defensivekv.evaluation.runner.store import CellLog, claim, locked
+from defensivekv.evaluation.runner.store import CellLog, claim
 from defensivekv.evaluation.tasks.sample import Sample, Unreadable
 from defensivekv.evaluation.tasks.task import Task
+from defensivekv.folders import locked
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,9 @@ import json
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
 
 from defensivekv.errors import DefensiveKVWarning, InvalidInputError
@@ -26,31 +24,13 @@ from defensivekv.evaluation.runner.examiner import Outcome
 from defensivekv.evaluation.runner.facts import Facts
 from defensivekv.evaluation.runner.plan import RunPlan, make_plan
 from defensivekv.evaluation.tasks.sample import Sample, Unreadable
+from defensivekv.folders import replace_file
 
 CellName = tuple[str, str, str, str, bool, str]
 """What tells a record's cell from all others: model, policy, budget, task, query_aware, template."""
 
 _Line = TypeVar("_Line", bound=BaseModel)
 _FIXED = ("seed", "num_samples", "data", "split", "max_context_tokens", "query_aware")
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """The folder for this process alone, made if it is not there. Raises InvalidInputError where another has it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=0)
-        lock.acquire()
-    except Timeout:
-        raise InvalidInputError(
-            f"another run is writing to {str(folder)!r}: wait for it, stop it, or give another folder"
-        ) from None
-    except OSError as error:
-        raise InvalidInputError(f"cannot write to {str(folder)!r}: {error}: give another folder") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def claim(folder: Path, plan: RunPlan, facts: Facts) -> None:
@@ -109,16 +89,6 @@ def _joined(old: RunPlan, new: RunPlan) -> RunPlan:
 
 def _union(old: Sequence[Any], new: Sequence[Any]) -> tuple[Any, ...]:
     return (*old, *(each for each in new if each not in old))
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Writes the file whole, or leaves it as it was."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 class CellLog:

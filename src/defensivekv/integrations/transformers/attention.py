@@ -38,6 +38,7 @@ class Handoff(Protocol):
     """What a cache attaches to the keys and values that it hands out."""
 
     view: PrefixView | None
+    static: StaticHandoff | None
 
     def check_hidden(self, hidden: Tensor) -> None:
         """Called with the tokens before the tail that the mask hides, (b, t) bool, where there are any."""
@@ -61,7 +62,7 @@ class Handoff(Protocol):
         ...
 
 
-def tag(states: Tensor, handoff: Handoff) -> Tensor:
+def tag(states: Tensor, handoff: Handoff | StaticHandoff) -> Tensor:
     """The same keys or values, as a tensor object of its own that carries the hand-off."""
     tagged = states.view(states.shape)
     setattr(tagged, _TAG, handoff)
@@ -122,7 +123,10 @@ def attention_forward(
     else:
         if (hidden := getattr(attention_mask, _HIDDEN, None)) is not None:
             handoff.check_hidden(hidden)
-        output = _read(handoff.view, query, key, value, attention_mask, scale, softcap, s_aux)
+        if handoff.static is not None:
+            output = _read_static(handoff.static, query, attention_mask, scale, softcap, s_aux)
+        else:
+            output = _read(handoff.view, query, key, value, attention_mask, scale, softcap, s_aux)
     handoff.observe(module, query, attention_mask, scale, softcap, s_aux, kwargs.get("position_ids"))
     return output, None
 
@@ -140,7 +144,9 @@ def _dense(
     **kwargs: Any,
 ) -> Tensor:
     if softcap is not None or sinks is not None:
-        if dropout or (mask is not None and mask.is_floating_point()) or _needs_gradient(query, key, value, sinks):
+        is_plain = dropout == 0 and (mask is None or mask.dtype == torch.bool)
+        # Our kernels give no gradient, and compiled code fuses plain operations by itself.
+        if not is_plain or torch.compiler.is_compiling() or _needs_gradient(query, key, value, sinks):
             return _differentiable(query, key, value, mask, dropout, scaling, softcap, sinks)
         return _read(None, query, key, value, mask, scaling, softcap, sinks)
     output: Tensor = sdpa_attention_forward(

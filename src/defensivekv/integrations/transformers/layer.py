@@ -22,11 +22,15 @@ if TYPE_CHECKING:
 
 
 class LayerHandoff:
-    """Travels with the keys from `update` to the attention function, with the prefix of that moment."""
+    """Travels with the keys from `update` to the attention function, with the prefix of that moment.
 
-    def __init__(self, layer: "EvictedLayer", view: PrefixView | None) -> None:
+    static: how it is read with a tail whose buffers never move, which are then handed out whole.
+    """
+
+    def __init__(self, layer: "EvictedLayer", view: PrefixView | None, static: StaticHandoff | None = None) -> None:
         self.layer = layer
         self.view = view
+        self.static = static
         self.is_consumed = False
         self._is_observed = False
 
@@ -82,6 +86,7 @@ class EvictedLayer(CacheLayerMixin):
         self.static_tokens = owner.static_tokens
         self.store = RaggedLayer(static_tokens=owner.static_tokens)
         self.reads: StaticReads | None = None
+        self._announced = 0
         self.record_past = False
         self.awaits_prompt = True
         self.pending: Pending | None = None
@@ -102,25 +107,40 @@ class EvictedLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Keys, Values]:
         """Appends keys and values (b, h, x, d); gives the tail's, both tagged for the attention function."""
         if torch.compiler.is_compiling():
-            return self._update_compiled(key_states, value_states)
+            static = self._write_static(key_states, value_states)
+            return tag(static.tail.key_buffer, static), tag(static.tail.value_buffer, static)
         self.owner.check_update(self, key_states, value_states)
         self.is_initialized = True
-        # Detached: a prefix that hangs on a graph would keep the evicted entries alive through it.
-        keys, values = self.store.append(key_states.detach(), value_states.detach())
-        handoff = LayerHandoff(self, self.store.view)
+        if self.reads is None:
+            # Detached: a prefix that hangs on a graph would keep the evicted entries alive through it.
+            keys, values = self.store.append(key_states.detach(), value_states.detach())
+            handoff = LayerHandoff(self, self.store.view)
+        else:
+            self._check_room(key_states.shape[2])
+            static = self._write_static(key_states.detach(), value_states.detach())
+            keys, values = static.tail.key_buffer, static.tail.value_buffer
+            handoff = LayerHandoff(self, self.store.view, static)
         self.owner.outstanding = handoff
         return tag(keys, handoff), tag(values, handoff)
 
-    def _update_compiled(self, key_states: Tensor, value_states: Tensor) -> tuple[Keys, Values]:
+    def _write_static(self, keys: Tensor, values: Tensor) -> StaticHandoff:
         tail, reads = self.store.static_tail, self.reads
         if tail is None or reads is None:
             raise CacheError(
                 "compiled steps come after the prompt, and need a cache with room of a fixed size: read the prompt "
                 "without torch.compile, into EvictingCache(..., static_tokens=...)"
             )
-        tail.write(key_states, value_states)
-        handoff = StaticHandoff(reads, tail)
-        return tag(tail.key_buffer, handoff), tag(tail.value_buffer, handoff)
+        tail.write(keys, values)
+        return StaticHandoff(reads, tail)
+
+    def _check_room(self, num_tokens: int) -> None:
+        """Raises CacheError where a static tail has no room for so many tokens. Waits for the device only when near."""
+        tail = self.store.static_tail
+        assert tail is not None
+        self._announced += num_tokens
+        if self._announced > tail.capacity:
+            self._announced = tail.used + num_tokens
+            tail.check_room(num_tokens)
 
     def compact(self, kept: Kept, facts: Tensor | None = None) -> None:
         """Makes what is kept the prefix; see `RaggedLayer.compact`."""
@@ -130,6 +150,7 @@ class EvictedLayer(CacheLayerMixin):
     def refresh_reads(self) -> None:
         """After a change of the prefix."""
         tail, view = self.store.static_tail, self.store.view
+        self._announced = 0 if tail is None else tail.capacity
         self.reads = None if tail is None or view is None else StaticReads.of(view)
         if tail is not None and self.reads is not None:
             self.reads.check(tail)
@@ -196,16 +217,18 @@ class EvictedLayer(CacheLayerMixin):
         self.store.crop(int(heard.queries.shape[2]))
 
     def get_seq_length(self) -> int:
-        """Tokens seen, evicted ones and pads counted; in compiled code a tensor, as of transformers' static layers."""
+        """Tokens seen, evicted ones and pads counted; a tensor after a static cache's prompt, as transformers' own."""
         tail = self.store.static_tail
-        if tail is not None and torch.compiler.is_compiling():
+        if tail is not None:
             return self.store.before + tail.count  # type: ignore[return-value]
         return self.store.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys that `update` will return: the tail, in compiled code its whole buffers."""
+        """Length and offset of the keys that `update` will return: the tail, or its whole buffers if they are static."""
         static = self.store.static_tail
-        if static is not None and torch.compiler.is_compiling():
+        if static is not None:
+            if not torch.compiler.is_compiling():
+                self._check_room(query_length)
             return static.capacity, self.store.before
         tail = self.store.tail_length
         return tail + query_length, self.store.seen - tail

@@ -1,0 +1,1 @@
+"""The kinds of cells: steps of decoding, prefills, peak memory, capacity."""

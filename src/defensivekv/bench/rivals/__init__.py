@@ -1,0 +1,1 @@
+"""What is measured side by side, each filled to the same length and asked for one step at a time."""

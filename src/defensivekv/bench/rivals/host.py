@@ -1,0 +1,65 @@
+"""The model of this process, which the rivals that live in it share."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from defensivekv.bench.subject import ModelFacts, Subject, model_facts
+from defensivekv.bench.timing import seconds
+from defensivekv.integrations.transformers import disable
+from defensivekv.integrations.transformers.model import text_config
+from defensivekv.integrations.transformers.versions import CACHE_ARGUMENT
+
+
+class Host:
+    """Loads the model when it is first needed."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self.device = torch.device(subject.device)
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model."""
+        return self.subject.load()
+
+    @cached_property
+    def facts(self) -> ModelFacts:
+        """What it takes and reads."""
+        return model_facts(self.subject, self.model)
+
+    def generator(self, seed: int) -> torch.Generator:
+        """For the entries of a cache."""
+        return torch.Generator().manual_seed(seed)
+
+    @contextmanager
+    def attention(self, name: str = "sdpa") -> Iterator[None]:
+        """Within it, the model's attention is the one of that name in transformers' registry, and not ours."""
+        disable(self.model)
+        config = text_config(self.model)
+        before = config._attn_implementation
+        self.model.set_attn_implementation(name)
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(before)
+
+    @torch.inference_mode()
+    def step(self, cache: Any, batch: int) -> float:
+        """Seconds of one token of each sequence; the cache grows by it."""
+        token = torch.ones(batch, 1, dtype=torch.long, device=self.device)
+        return self._timed(token, cache)
+
+    @torch.inference_mode()
+    def read(self, cache: Any, tokens: int, seed: int) -> float:
+        """Seconds of a prompt of random tokens."""
+        ids = torch.randint(text_config(self.model).vocab_size, (1, tokens), generator=self.generator(seed))
+        return self._timed(ids.to(self.device), cache)
+
+    def _timed(self, ids: torch.Tensor, cache: Any) -> float:
+        options = {CACHE_ARGUMENT: cache}
+        return seconds(lambda: self.model(ids, use_cache=True, logits_to_keep=1, **options), self.device)
