@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from defensivekv.attention import Backend, attend, causal_mask, ragged
+from defensivekv.attention import Backend, attend, causal_mask, native, ragged
 from defensivekv.cache import PrefixView
 from tests.attention.cases import Sizes, sizes
 
@@ -48,7 +48,7 @@ def test_the_chosen_backend_equals_dense_attention(dtype: torch.dtype, size: Siz
 def test_a_prefix_read_by_products_merges_with_a_tail_read_by_flash(size: Sizes) -> None:
     case = size.case(torch.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ragged.native, "supports", lambda *_: False)
+        patch.setattr(native, "supports", lambda *_: False)
         patch.setattr(ragged, "_suits_matmul", lambda *_: True)
         output = case.attend("auto")
     torch.testing.assert_close(output, case.expected(), rtol=0, atol=case.tolerance())

@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel
 
 import defensivekv as dkv
-from defensivekv.cache.blocks import Blocks
+from defensivekv.cache.blocks import Blocks, PrefixIndex
 from defensivekv.integrations.transformers.versions import CACHE_ARGUMENT
 from tests.integrations.transformers.models import prompt, tiny_model
 
@@ -163,7 +163,8 @@ def test_bytes_held_are_those_of_all_tensors_that_the_cache_keeps() -> None:
             storages[held.untyped_storage().data_ptr()] = held.untyped_storage().nbytes()
         elif isinstance(held, list | tuple):
             stack.extend(held)
-        elif hasattr(held, "__dict__") and not isinstance(held, type | Blocks):  # indices, made anew from the lengths
+        elif hasattr(held, "__dict__") and not isinstance(held, type | Blocks | PrefixIndex):
+            # Those are made anew from the lengths.
             stack.extend(vars(held).values())
     windows = 2 * 8
     assert cache.nbytes == sum(storages.values()) - windows, "all but the window's length of the two sliding layers"

@@ -45,7 +45,6 @@ from defensivekv.integrations.transformers.texts import Texts
 from defensivekv.policies import Policy
 from defensivekv.policies import policy as make_policy
 
-
 MANY_TOKENS = 2**20
 """Stands for a model's longest text, where its configuration does not say."""
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from defensivekv.attention.static import StaticReads
-from defensivekv.cache import PrefixView, RaggedLayer, StaticTail
+from defensivekv.cache import PrefixView, RaggedLayer
 from defensivekv.errors import CacheError
 from defensivekv.integrations.transformers.attention import StaticHandoff, tag
 from defensivekv.integrations.transformers.pending import Pending
@@ -224,7 +224,7 @@ class EvictedLayer(CacheLayerMixin):
         return self.store.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys that `update` will return: the tail, or its whole buffers if they are static."""
+        """Length and offset of the keys that `update` will return: the tail, or its whole buffers where static."""
         static = self.store.static_tail
         if static is not None:
             if not torch.compiler.is_compiling():
