@@ -12,7 +12,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel
 
 import defensivekv as dkv
-from defensivekv.cache.blocks import Blocks, PrefixIndex
+from defensivekv.cache import PrefixIndex
+from defensivekv.cache.blocks import Blocks
 from defensivekv.integrations.transformers.versions import CACHE_ARGUMENT
 from tests.integrations.transformers.models import prompt, tiny_model
 
