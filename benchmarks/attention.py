@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.caches import dense_entries, ragged_lengths, ragged_prefix
 from benchmarks.result import Result, Target
 from benchmarks.settings import Settings, dtype_of
-from benchmarks.timing import interleaved, medians
 from defensivekv.attention import attend
+from defensivekv.bench.caches import dense_entries, ragged_lengths, ragged_prefix
+from defensivekv.bench.timing import interleaved, medians
 from defensivekv.cache import PrefixView
 
 _RAGGED = "ragged"

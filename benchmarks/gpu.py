@@ -48,8 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("no CUDA device was found; `--device cpu --quick` shows what would be run")
         return 2
 
-    from benchmarks.machine import device_name
     from benchmarks.suite import BENCHMARKS, RESULTS, run
+    from defensivekv.bench.machine import device_name
 
     tests = run_tests(options.device, paths)
     slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")

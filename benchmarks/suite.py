@@ -13,7 +13,6 @@ from benchmarks import (
     decode_step,
     endless,
     logical_length,
-    machine,
     memory,
     prefill,
     ragged_attention,
@@ -22,8 +21,9 @@ from benchmarks import (
 )
 from benchmarks.result import Result, write
 from benchmarks.settings import FULL, QUICK, Settings
+from defensivekv.bench.machine import describe
 
-RESULTS = machine.ROOT / "benchmarks" / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 
 BENCHMARKS: dict[str, Callable[[Settings, torch.device], list[Result]]] = {
     "attention": attention.run,
@@ -53,7 +53,7 @@ def run(
     None is started once `limit_s` seconds have passed; the JSON names those under "not_run".
     """
     settings = QUICK if quick else FULL
-    header = machine.describe(device) | {"quick": quick} | (extra or {})
+    header = describe(device) | {"quick": quick} | (extra or {})
     print(f"{header['device']}, {header['threads']} threads, {header['versions']}, commit {header['commit']}\n")
     started = time.perf_counter()
     results: list[Result] = []

@@ -2,7 +2,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -12,21 +11,13 @@ from hypothesis import given, settings
 from defensivekv import InvalidInputError
 from defensivekv.attention import attend, masked_attention, native, scatter_prefix
 from defensivekv.cache import PrefixView, RaggedPrefix
-from defensivekv.kernels.native import find_library
 from tests.attention.cases import Sizes, sizes
+from tests.kernels.native.library import needs_library
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
-pytestmark = pytest.mark.skipif(find_library().functions is None, reason=find_library().reason)
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+pytestmark = needs_library
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

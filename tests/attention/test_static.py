@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 
 from defensivekv import InvalidInputError
-from defensivekv.attention.static import StaticReads, attend_static
-from defensivekv.cache import PrefixView, RaggedPrefix, StaticTail
-from defensivekv.kernels.native import find_library
+from defensivekv.attention.static import StaticReads, attend_static, check_served
+from defensivekv.cache import StaticTail
 from tests.attention.cases import Case, Sizes, sizes
+from tests.kernels.native.library import needs_library
 
-pytestmark = pytest.mark.skipif(find_library().functions is None, reason=find_library().reason)
+pytestmark = needs_library
 
 CASE = Sizes(0, 4, 64, 48, 2, 9, 300, [[300, 0], [7, 120]], [1, 0, 1], None, 0.2, None, True)
 
@@ -81,7 +81,5 @@ def test_one_compiled_function_serves_prefixes_of_all_lengths_and_a_growing_tail
 
 def test_what_no_kernel_serves_is_refused() -> None:
     keys = torch.randn(1, 1, 9, 24)
-    view = PrefixView(RaggedPrefix.gather(keys, keys, torch.ones(1, 1, 9, dtype=torch.bool)), (0,))
-    tail = StaticTail.empty((1, 1, 4), (24, 24), keys)
     with pytest.raises(InvalidInputError, match=r"torch.float32 heads of 24 and 24 on cpu: .* multiples of 16"):
-        StaticReads.of(view).check(tail)
+        check_served(keys, keys)

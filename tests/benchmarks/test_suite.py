@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
-from benchmarks.machine import ROOT
+from benchmarks.gpu import ROOT
 from benchmarks.result import Result, Target
 from benchmarks.suite import BENCHMARKS
 

@@ -14,6 +14,7 @@ from defensivekv.attention import native, triton
 from defensivekv.cache import PrefixIndex, PrefixView, StaticTail
 from defensivekv.errors import InvalidInputError
 from defensivekv.kernels.work import Work
+from defensivekv.types import Keys, Values
 
 _NAME = "defensivekv::ragged_attention"
 _SCHEMA = (
@@ -51,16 +52,16 @@ class StaticReads:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         return cls(prefix.keys, prefix.values, plan, sizes)
 
-    def check(self, tail: StaticTail) -> None:
-        """Raises InvalidInputError where no kernel of the device can serve the tensors."""
-        keys, values = tail.key_buffer, tail.value_buffer
-        supports = triton.supports if keys.is_cuda else native.supports
-        if not supports(keys[:, :, :1], keys, values):
-            raise InvalidInputError(
-                f"static tokens need a kernel that serves {keys.dtype} heads of {keys.shape[-1]} and "
-                f"{values.shape[-1]} on {keys.device}: {triton.NEEDS if keys.is_cuda else native.needs()}; leave "
-                "static_tokens out"
-            )
+
+def check_served(keys: Keys, values: Values) -> None:
+    """Raises InvalidInputError where no kernel of the device can read entries like these."""
+    supports = triton.supports if keys.is_cuda else native.supports
+    if not supports(keys[:, :, :1], keys, values):
+        raise InvalidInputError(
+            f"static tokens need a kernel that serves {keys.dtype} heads of {keys.shape[-1]} and "
+            f"{values.shape[-1]} on {keys.device}: {triton.NEEDS if keys.is_cuda else native.needs()}; leave "
+            "static_tokens out"
+        )
 
 
 def attend_static(
@@ -94,7 +95,7 @@ def attend_static(
     return output.transpose(1, 2)
 
 
-def _on_cpu(
+def _read(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -108,31 +109,15 @@ def _on_cpu(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
+    if keys.is_cuda:
+        prefix = (keys, values, Work(plan[0], plan[1], plan[2], sizes[0], sizes[1], sizes[2]))
+        output = triton.read(queries, prefix, tail_keys, tail_values, count, visible, scaling, softcap, sinks)
+        return output.transpose(1, 2).contiguous()
     used = int(count)
-    prefix = native.Segments(keys, values, PrefixIndex(*plan))
+    segments = native.Segments(keys, values, PrefixIndex(*plan))
     seen = None if visible is None else visible[..., :used]
     tail_keys, tail_values = tail_keys[:, :, :used], tail_values[:, :, :used]
-    return native.read(queries, prefix, tail_keys, tail_values, seen, scaling, softcap, sinks)
-
-
-def _on_cuda(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    plan: list[Tensor],
-    sizes: list[int],
-    tail_keys: Tensor,
-    tail_values: Tensor,
-    count: Tensor,
-    visible: Tensor | None,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    work = Work(plan[0], plan[1], plan[2], sizes[0], sizes[1], sizes[2])
-    prefix = (keys, values, work)
-    output = triton.read(queries, prefix, tail_keys, tail_values, count, visible, scaling, softcap, sinks)
-    return output.transpose(1, 2).contiguous()
+    return native.read(queries, segments, tail_keys, tail_values, seen, scaling, softcap, sinks)
 
 
 def _shape(queries: Tensor, keys: Tensor, values: Tensor, *_: object) -> Tensor:
@@ -141,6 +126,5 @@ def _shape(queries: Tensor, keys: Tensor, values: Tensor, *_: object) -> Tensor:
 
 
 torch.library.define(_NAME, _SCHEMA)
-torch.library.impl(_NAME, "CPU", _on_cpu)
-torch.library.impl(_NAME, "CUDA", _on_cuda)
+torch.library.impl(_NAME, ("cpu", "cuda"), _read)
 torch.library.register_fake(_NAME, _shape)

@@ -1,7 +1,7 @@
-"""Kernels in Triton: functions of tensors alone, which know no cache and no policy.
+"""Kernels: in Triton for GPUs, in C++ for CPUs (`native`). They know no cache and no policy.
 
-Importing this package imports no Triton. Each module with kernels imports it at its own head, so they are imported
-where they are called, once `is_available` said that they can be.
+Importing this package imports no Triton. Each module with kernels in it imports it at its own head, so they are
+imported where they are called, once `is_available` said that they can be.
 """
 
 # mypy: disable-error-code="import-untyped"

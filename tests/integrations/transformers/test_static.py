@@ -9,12 +9,12 @@ from transformers import CompileConfig, PreTrainedModel
 import defensivekv as dkv
 from defensivekv import CacheError, InvalidInputError
 from defensivekv.integrations.transformers.versions import CACHE_ARGUMENT
-from defensivekv.kernels.native import find_library
 from tests.integrations.transformers.models import ARCHITECTURES, feed, prompt, tiny_model
+from tests.kernels.native.library import needs_library
 
 # Compilers do not see through the run-time checks of shapes.
 pytestmark = [
-    pytest.mark.skipif(find_library().functions is None, reason=find_library().reason),
+    needs_library,
     pytest.mark.usefixtures("unchecked_shapes"),
 ]
 

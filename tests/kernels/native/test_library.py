@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from defensivekv.attention import native
-from defensivekv.kernels.native import find_library, library
+from defensivekv.kernels.native import library
 from tests.attention.cases import Sizes
+from tests.kernels.native.library import needs_library
 
-pytestmark = pytest.mark.skipif(find_library().functions is None, reason=find_library().reason)
+pytestmark = needs_library
 
 
 @pytest.fixture(autouse=True)

@@ -118,10 +118,7 @@ class Evicting(_Local):
 
     def fill(self, filling: Filling) -> _LocalStepper:
         """The budget's entries, unevenly over the heads."""
-        enable(self._host.model)
-        share = 1.0 if filling.share is None else float(filling.share)
-        generator = self._host.generator(filling.seed)
-        cache = filled_evicting(self._host.model, filling.tokens, share, filling.tokens, generator, filling.batch)
+        cache = _evicted(self._host, filling)
         return _LocalStepper(self._host, cache, filling.batch, cache.nbytes, lambda: enable(self._host.model))
 
     def read(self, prompt: Prompt) -> float:
@@ -131,6 +128,13 @@ class Evicting(_Local):
         return self._host.read(cache, prompt.tokens, prompt.seed)
 
 
+def _evicted(host: Host, filling: Filling) -> EvictingCache:
+    enable(host.model)
+    share = 1.0 if filling.share is None else float(filling.share)
+    generator = host.generator(filling.seed)
+    return filled_evicting(host.model, filling.tokens, share, filling.tokens, generator, filling.batch)
+
+
 class FlatCopy(_Local):
     """The scheme of the authors' code: a flat ragged cache that is copied whole with every token."""
 
@@ -138,11 +142,7 @@ class FlatCopy(_Local):
 
     def fill(self, filling: Filling) -> _LocalStepper:
         """The same entries as `Evicting`."""
-        enable(self._host.model)
-        share = 1.0 if filling.share is None else float(filling.share)
-        generator = self._host.generator(filling.seed)
-        source = filled_evicting(self._host.model, filling.tokens, share, filling.tokens, generator, filling.batch)
-        cache = flat_copy.FlatCopyCache.of(source)
+        cache = flat_copy.FlatCopyCache.of(_evicted(self._host, filling))
         flat_copy.register()
         switched = lambda: self._host.attention(flat_copy.ATTENTION_NAME)  # noqa: E731
         return _LocalStepper(self._host, cache, filling.batch, cache.nbytes, switched)

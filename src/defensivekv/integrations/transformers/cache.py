@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
+from defensivekv.attention.static import check_served
 from defensivekv.budget import Budget, entry_bytes
 from defensivekv.errors import CacheError, DefensiveKVError, InvalidInputError
 from defensivekv.integrations.transformers.bound import LayerSizes, bound_of, parse_bytes
@@ -179,6 +180,8 @@ class EvictingCache(Cache):
                 # Layers of transformers' own before this one have stored the tokens.
                 self.is_broken = self.is_broken or layer.index > 0
                 raise
+        if layer.is_compileable and not layer.store.seen:
+            check_served(keys, values)
         if self.stepping is not None and self.stepping.limits is not None:
             layer.store.reserve = self.stepping.limits.interval
 

@@ -83,7 +83,6 @@ class EvictedLayer(CacheLayerMixin):
         super().__init__()
         self._owner = weakref.ref(owner)
         self.index = index
-        self.static_tokens = owner.static_tokens
         self.store = RaggedLayer(static_tokens=owner.static_tokens)
         self.reads: StaticReads | None = None
         self._announced = 0
@@ -152,13 +151,11 @@ class EvictedLayer(CacheLayerMixin):
         tail, view = self.store.static_tail, self.store.view
         self._announced = 0 if tail is None else tail.capacity
         self.reads = None if tail is None or view is None else StaticReads.of(view)
-        if tail is not None and self.reads is not None:
-            self.reads.check(tail)
 
     @property
     def is_compileable(self) -> bool:
         """Whether decoding steps can be compiled."""
-        return self.static_tokens is not None
+        return self.store.static_tokens is not None
 
     @property
     def listens(self) -> bool:
@@ -271,7 +268,7 @@ class EvictedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.store, self.reads = RaggedLayer(static_tokens=self.static_tokens), None
+        self.store, self.reads = RaggedLayer(static_tokens=self.store.static_tokens), None
         self.pending, self.awaits_prompt, self.record_past, self.is_initialized = None, True, False, False
         self.log = None
 
