@@ -10,7 +10,7 @@ from defensivekv.bench.dtypes import dtype_of as dtype_of
 class Settings:
     """Sizes and repetitions.
 
-    tokens: stored by the dense caches. scored, window: tokens whose entries are scored and compacted without a model,
+    tokens: stored by the dense caches. attention_layers: caches that a step's attention reads in turn. scored, window: tokens whose entries are scored and compacted without a model,
     and those at their end whose queries are observed. hidden: size of the output projection. prompt, prefill_layers:
     tokens of the prefill, and layers of the model that it is timed on. logical_lengths: tokens seen, while the stored
     entries stay those of `budget` of the shortest. short, medium, long: repetitions of calls that take milliseconds,
@@ -27,10 +27,11 @@ class Settings:
     heads: int = 8
     groups: int = 4
     head_size: int = 128
+    attention_layers: int = 16
     scored: int = 8192
     window: int = 32
     hidden: int = 4096
-    attention_dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    attention_dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     model_dtype: str = "bfloat16"
     prompt: int = 4096
     prefill_layers: int = 4
@@ -59,6 +60,7 @@ FULL = Settings()
 QUICK = Settings(
     tokens=512,
     head_size=16,
+    attention_layers=2,
     scored=300,
     hidden=64,
     model_dtype="float32",

@@ -5,8 +5,7 @@
 //
 // softmax(q k^T scaling) v over the entries of both, as parts merged by their log-sum-exp (flash-decoding; the softmax
 // within a part is the online one of Milakov and Gimelshein, arXiv 1805.02867). The work, entries times query rows, is
-// cut into equal pieces, which threads take as they come; a piece may begin and end within a segment. Of every tile of
-// entries the keys are read while its values are fetched, and the values while the next tile's keys are.
+// cut into equal pieces, which threads take as they come; a piece may begin and end within a segment.
 
 #include <cstdlib>
 #include <new>
@@ -25,6 +24,7 @@ namespace {
 constexpr int TILE = 32;          // entries
 constexpr int ROWS = 4;           // query rows at a time
 constexpr int VALUE_BLOCK = 4;    // vectors of a value at a time
+constexpr int64_t AHEAD = 32768;  // bytes between what is read and what is fetched, of keys and of values
 constexpr int PIECES_PER_THREAD = 4;
 constexpr int64_t LEAST_WORK = 512;  // entries of a piece: less is not worth a thread
 
@@ -85,12 +85,7 @@ class Buffer {
   float *const data;
 };
 
-// Where an element stands among those of a row in registers, of which whole pairs of vectors are in the type's order.
-template <class Type> int64_t place(int64_t lane, int64_t size) {
-  int64_t pair = lane / (2 * WIDTH) * (2 * WIDTH);
-  return pair + 2 * WIDTH <= size ? pair + Type::place((int)(lane - pair)) : lane;
-}
-
+// Rows of `key_size` floats' room each, in the form that the type multiplies keys with.
 template <class Type> void gather_queries(const Arguments &a, const Segment &segment, float *rows) {
   for (int64_t reader = 0; reader < segment.num_readers; reader++)
     for (int64_t member = 0; member < a.group; member++)
@@ -98,55 +93,47 @@ template <class Type> void gather_queries(const Arguments &a, const Segment &seg
         const char *from = a.queries + Type::BYTES * (segment.readers[reader] * a.query_strides[0] +
                                                       (segment.head * a.group + member) * a.query_strides[1] +
                                                       position * a.query_strides[2]);
-        for (int64_t lane = 0; lane < a.key_size; lane++)
-          rows[lane] = Type::get(from + Type::BYTES * place<Type>(lane, a.key_size)) * a.scaling;
+        Type::keep_query(from, (char *)rows, a.key_size);
         rows += a.key_size;
       }
-}
-
-INLINE void prefetch(const char *from, int64_t bytes) {
-  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + line, 0, 2);
 }
 
 // Of one tile and some query rows: lane 4 * entry + row. Rows that there are not are zero, or -inf beyond the entries.
 typedef float Tile[TILE * ROWS];
 
-// logits[entry][row] = queries[row] . keys[entry] for a tile, -inf beyond `count`.
+// What lies AHEAD of what is read now; past a segment's end the next one begins, in most cases.
+INLINE void fetch(const char *reading, int64_t bytes) {
+  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(reading + AHEAD + line, 0, 2);
+}
+
+// logits[entry][row] = queries[row] . keys[entry] * scaling for a tile, -inf beyond `count`. Entry after entry: a
+// processor foresees one straight run through memory, and not four side by side.
 template <class Type, int NUM>
-INLINE void multiply_keys(const float *queries, int64_t size, const char *keys, int64_t stride, int count, Tile logits,
-                          const char *next, int64_t next_stride, int64_t next_bytes) {
+INLINE void multiply_keys(const float *queries, int64_t size, const char *keys, int64_t stride, int count,
+                          float scaling, bool fetches, Tile logits) {
   for (int entry = 0; entry < TILE; entry += 4) {
     if (entry >= count) {
       store(logits + entry * ROWS, splat(-INFINITY));
       continue;
     }
-    const char *from[4];
-    for (int e = 0; e < 4; e++) from[e] = keys + stride * (entry + e < count ? entry + e : count - 1);
-    if (next)
-      for (int e = 0; e < 4; e++) prefetch(next + next_stride * (entry + e), next_bytes);
     Floats products[4][4] = {};
-    int64_t place = 0;
-    for (; place + 2 * WIDTH <= size; place += 2 * WIDTH) {
-      Floats first[4], second[4];
-      for (int e = 0; e < 4; e++) Type::load_pair(from[e] + place * Type::BYTES, first[e], second[e]);
-      for (int row = 0; row < NUM; row++) {
-        Floats query = load<Floats>(queries + row * size + place);
-        IN_REGISTER(query);
-        for (int e = 0; e < 4; e++) products[e][row] += first[e] * query;
-      }
-      for (int row = 0; row < NUM; row++) {
-        Floats query = load<Floats>(queries + row * size + place + WIDTH);
-        IN_REGISTER(query);
-        for (int e = 0; e < 4; e++) products[e][row] += second[e] * query;
-      }
-    }
-    if (place < size)
-      for (int e = 0; e < 4; e++) {
-        Floats key = Type::load_one(from[e] + place * Type::BYTES);
+    for (int e = 0; e < 4; e++) {
+      const char *key = keys + stride * (entry + e < count ? entry + e : count - 1);
+      int64_t place = 0;
+      Floats sums[ROWS] = {};
+      for (; place + 2 * WIDTH <= size; place += 2 * WIDTH) {
+        if (fetches) fetch(key + place * Type::BYTES, 2 * WIDTH * Type::BYTES);
+        typename Type::Keys pair = Type::load_keys(key + place * Type::BYTES);
         for (int row = 0; row < NUM; row++)
-          products[e][row] += key * load<Floats>(queries + row * size + place);
+          Type::add_product(sums[row], pair, (const char *)(queries + row * size) + place * Type::QUERY_BYTES);
       }
-    store(logits + entry * ROWS, sums_of(products));
+      if (place < size)
+        for (int row = 0; row < NUM; row++)
+          sums[row] += Type::load_one(key + place * Type::BYTES) *
+                              Type::load_query((const char *)(queries + row * size) + place * Type::QUERY_BYTES);
+      for (int row = 0; row < NUM; row++) products[e][row] = sums[row];
+    }
+    store(logits + entry * ROWS, sums_of(products) * scaling);
     for (int e = count - entry; e < 4; e++)
       for (int row = 0; row < ROWS; row++) logits[(entry + e) * ROWS + row] = -INFINITY;
   }
@@ -155,13 +142,13 @@ INLINE void multiply_keys(const float *queries, int64_t size, const char *keys, 
 // output[row] += sum of weights[row][entry] * values[entry], over a block of the value's elements.
 template <class Type, int NUM, int BLOCK>
 INLINE void add_values(float *output, int64_t size, const Tile weights, const char *values, int64_t stride,
-                       int count, const char *next, int64_t next_stride) {
+                       int count, bool fetches) {
   Floats sums[NUM][BLOCK];
   for (int row = 0; row < NUM; row++)
     for (int i = 0; i < BLOCK; i++) sums[row][i] = load<Floats>(output + row * size + i * WIDTH);
   for (int entry = 0; entry < count; entry++) {
     const char *from = values + stride * entry;
-    if (next) prefetch(next + next_stride * entry, BLOCK * WIDTH * Type::BYTES);
+    if (fetches) fetch(from, BLOCK * WIDTH * Type::BYTES);
     Floats value[BLOCK];
     if constexpr (BLOCK == 1) value[0] = Type::load_one(from);
     else
@@ -237,32 +224,26 @@ void hide(const Arguments &a, const Segment &segment, int64_t first_row, int row
 // One tile, some query rows.
 template <class Type, int NUM>
 void attend_tile(const Arguments &a, const Segment &segment, const float *queries, int64_t first_row, int64_t first,
-                 int count, bool is_first, bool is_last, bool is_masked, Part part) {
+                 int count, bool is_masked, bool fetches, Part part) {
   alignas(64) Tile logits;
   const char *keys = segment.keys + first * segment.key_stride;
   const char *values = segment.values + first * segment.value_stride;
-  multiply_keys<Type, NUM>(queries, a.key_size, keys, segment.key_stride, count, logits, is_first ? values : nullptr,
-                           segment.value_stride, a.value_size * Type::BYTES);
+  multiply_keys<Type, NUM>(queries, a.key_size, keys, segment.key_stride, count, a.scaling, fetches, logits);
   if (a.softcap != 0) cap(logits, a.softcap);
   if (is_masked) hide(a, segment, first_row, NUM, first, count, logits);
   if (!update_softmax<NUM>(logits, part, a.value_size)) return;
-  // Past a segment's end the next one begins, in most cases: fetched as well.
-  const char *next = is_last && a.key_size == a.value_size ? keys + TILE * segment.key_stride : nullptr;
   int64_t place = 0;
   for (; place + VALUE_BLOCK * WIDTH <= a.value_size; place += VALUE_BLOCK * WIDTH)
     add_values<Type, NUM, VALUE_BLOCK>(part.output + place, a.value_size, logits, values + place * Type::BYTES,
-                                       segment.value_stride, count, next ? next + place * Type::BYTES : nullptr,
-                                       segment.key_stride);
+                                       segment.value_stride, count, fetches);
   if (place + 2 * WIDTH <= a.value_size) {
     add_values<Type, NUM, 2>(part.output + place, a.value_size, logits, values + place * Type::BYTES,
-                             segment.value_stride, count, next ? next + place * Type::BYTES : nullptr,
-                             segment.key_stride);
+                             segment.value_stride, count, fetches);
     place += 2 * WIDTH;
   }
   if (place < a.value_size)
     add_values<Type, NUM, 1>(part.output + place, a.value_size, logits, values + place * Type::BYTES,
-                             segment.value_stride, count, next ? next + place * Type::BYTES : nullptr,
-                             segment.key_stride);
+                             segment.value_stride, count, fetches);
 }
 
 // Entries `first` to `last` of a segment, all of its query rows.
@@ -278,12 +259,11 @@ void attend_piece(const Arguments &a, const Segment &segment, int64_t first, int
     for (int64_t row = 0; row < segment.rows;) {
       int64_t left = segment.rows - row;
       int num = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-      bool is_first = row == 0, is_last = row + num == segment.rows;
       Part rows = {part.highest + row, part.total + row, part.output + row * a.value_size};
       const float *some = queries + row * a.key_size;
-      if (num == 4) attend_tile<Type, 4>(a, segment, some, row, start, count, is_first, is_last, is_masked, rows);
-      else if (num == 2) attend_tile<Type, 2>(a, segment, some, row, start, count, is_first, is_last, is_masked, rows);
-      else attend_tile<Type, 1>(a, segment, some, row, start, count, is_first, is_last, is_masked, rows);
+      if (num == 4) attend_tile<Type, 4>(a, segment, some, row, start, count, is_masked, row == 0, rows);
+      else if (num == 2) attend_tile<Type, 2>(a, segment, some, row, start, count, is_masked, row == 0, rows);
+      else attend_tile<Type, 1>(a, segment, some, row, start, count, is_masked, row == 0, rows);
       row += num;
     }
   }
@@ -403,8 +383,11 @@ struct Merge {
       char *to = a.output + Type::BYTES * (batch * a.output_strides[0] + member * a.output_strides[1] +
                                            position * a.output_strides[2]);
       float scale = sum == 0 ? 0 : 1 / sum;
-      for (int64_t lane = 0; lane < a.value_size; lane++)
-        Type::put(to + Type::BYTES * place<Type>(lane, a.value_size), sums[lane] * scale);
+      int64_t lane = 0;
+      for (; lane + 2 * WIDTH <= a.value_size; lane += 2 * WIDTH)
+        Type::put_pair(to + Type::BYTES * lane, load<Floats>(sums + lane) * scale,
+                       load<Floats>(sums + lane + WIDTH) * scale);
+      if (lane < a.value_size) Type::put_one(to + Type::BYTES * lane, load<Floats>(sums + lane) * scale);
     }
   }
 };

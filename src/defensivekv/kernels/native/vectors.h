@@ -38,25 +38,78 @@ INLINE Floats splat(float value) { return value - Floats{}; }
 INLINE Floats highest(Floats a, Floats b) { return a > b ? a : b; }
 
 // Element types. `load_one` gives sixteen elements in order; `load_pair` thirty-two as two vectors, in an order of the
-// type's own: `place` says which element of the thirty-two stands in a lane of the pair.
+// type's own, which `put_pair` undoes. Keys are multiplied thirty-two at a time, with queries kept in a form of the
+// type's own too.
 
-struct Float32 {
+struct Pair {
+  Floats first, second;
+};
+
+// Queries as floats, in the order of pairs.
+template <class Type> struct FloatQueries {
+  static constexpr int QUERY_BYTES = 4;
+  typedef Pair Keys;
+  INLINE Keys load_keys(const char *from) {
+    Pair pair;
+    Type::load_pair(from, pair.first, pair.second);
+    return pair;
+  }
+  INLINE Floats load_query(const char *from) { return load<Floats>(from); }
+  INLINE void add_product(Floats &sum, Keys keys, const char *query) {
+    sum += keys.first * load<Floats>(query);
+    sum += keys.second * load<Floats>(query + sizeof(Floats));
+  }
+  INLINE void keep_query(const char *from, char *to, int64_t size) {
+    float *floats = (float *)to;
+    int64_t place = 0;
+    for (; place + 2 * WIDTH <= size; place += 2 * WIDTH) {
+      Pair pair = load_keys(from + place * Type::BYTES);
+      store(floats + place, pair.first);
+      store(floats + place + WIDTH, pair.second);
+    }
+    if (place < size) store(floats + place, Type::load_one(from + place * Type::BYTES));
+  }
+};
+
+struct Float32 : FloatQueries<Float32> {
   static constexpr int BYTES = 4;
   INLINE Floats load_one(const char *from) { return load<Floats>(from); }
   INLINE void load_pair(const char *from, Floats &first, Floats &second) {
     first = load<Floats>(from);
+    IN_REGISTER(first);
     second = load<Floats>(from + sizeof(Floats));
+    IN_REGISTER(second);
   }
-  static constexpr int place(int lane) { return lane; }
-  static float get(const char *from) { return load<float>(from); }
-  static void put(char *to, float value) { std::memcpy(to, &value, 4); }
+  INLINE void put_one(char *to, Floats one) { std::memcpy(to, &one, sizeof one); }
+  INLINE void put_pair(char *to, Floats first, Floats second) {
+    put_one(to, first);
+    put_one(to + sizeof(Floats), second);
+  }
 };
 
-struct BFloat16 {
-  static constexpr int BYTES = 2;
-  INLINE Floats load_one(const char *from) {
-    return (Floats)(__builtin_convertvector(load<Halves>(from), Words) << 16);
+struct BFloat16;
+
+INLINE Floats widened(Halves bfloats) { return (Floats)(__builtin_convertvector(bfloats, Words) << 16); }
+
+#if defined(__AVX512BF16__)
+// Queries as they are: products of pairs of bfloat16 are one instruction, summed up in float32.
+struct BFloat16Queries {
+  static constexpr int QUERY_BYTES = 2;
+  typedef __m512bh Keys;
+  INLINE Keys load_keys(const char *from) { return load<__m512bh>(from); }
+  INLINE Floats load_query(const char *from) { return widened(load<Halves>(from)); }
+  INLINE void add_product(Floats &sum, Keys keys, const char *query) {
+    sum = (Floats)_mm512_dpbf16_ps((__m512)sum, keys, load<__m512bh>(query));
   }
+  INLINE void keep_query(const char *from, char *to, int64_t size) { std::memcpy(to, from, 2 * size); }
+};
+#else
+typedef FloatQueries<BFloat16> BFloat16Queries;
+#endif
+
+struct BFloat16 : BFloat16Queries {
+  static constexpr int BYTES = 2;
+  INLINE Floats load_one(const char *from) { return widened(load<Halves>(from)); }
   // Even elements, then odd ones: a shift and a mask, where keeping the order takes two widening moves as well.
   INLINE void load_pair(const char *from, Floats &first, Floats &second) {
     Words both = load<Words>(from);
@@ -64,20 +117,22 @@ struct BFloat16 {
     first = (Floats)(both << 16);
     second = (Floats)(both & 0xffff0000u);
   }
-  static constexpr int place(int lane) { return lane < WIDTH ? 2 * lane : 2 * (lane - WIDTH) + 1; }
-  static float get(const char *from) {
-    uint32_t word = (uint32_t)load<uint16_t>(from) << 16;
-    return load<float>(&word);
+  // To the nearest, ties to even, in the upper half; a NaN stays one.
+  INLINE Words rounded(Floats value) {
+    Words word = (Words)value;
+    return value != value ? Words{} + 0x7fc00000u : word + 0x7fffu + ((word >> 16) & 1);
   }
-  static void put(char *to, float value) {
-    uint32_t word = load<uint32_t>(&value);
-    // To the nearest, ties to even; a NaN stays one.
-    uint16_t half = value != value ? 0x7fc0 : (uint16_t)((word + 0x7fff + ((word >> 16) & 1)) >> 16);
-    std::memcpy(to, &half, 2);
+  INLINE void put_one(char *to, Floats one) {
+    Halves halves = __builtin_convertvector(rounded(one) >> 16, Halves);
+    std::memcpy(to, &halves, sizeof halves);
+  }
+  INLINE void put_pair(char *to, Floats first, Floats second) {
+    Words both = (rounded(first) >> 16) | (rounded(second) & 0xffff0000u);
+    std::memcpy(to, &both, sizeof both);
   }
 };
 
-struct Float16 {
+struct Float16 : FloatQueries<Float16> {
   static constexpr int BYTES = 2;
   INLINE Floats load_one(const char *from) {
 #if defined(__AVX512F__)
@@ -94,17 +149,20 @@ struct Float16 {
     first = load_one(from);
     second = load_one(from + sizeof(Halves));
   }
-  static constexpr int place(int lane) { return lane; }
-  static float get(const char *from) {
-    uint16_t half = load<uint16_t>(from);
-    uint32_t size = (half & 0x7fffu) << 13, word;
-    float scaled = load<float>(&size) * 0x1p112f;
-    std::memcpy(&word, &scaled, 4);
-    if (size >= (0x7c00u << 13)) word = size | 0x7f800000u;
-    word |= (half & 0x8000u) << 16;
-    return load<float>(&word);
+  INLINE void put_one(char *to, Floats one) {
+#if defined(__AVX512F__)
+    __m256i halves = _mm512_cvtps_ph((__m512)one, _MM_FROUND_TO_NEAREST_INT);
+#else
+    Halves halves;
+    for (int lane = 0; lane < WIDTH; lane++) halves[lane] = to_half(one[lane]);
+#endif
+    std::memcpy(to, &halves, sizeof halves);
   }
-  static void put(char *to, float value) {
+  INLINE void put_pair(char *to, Floats first, Floats second) {
+    put_one(to, first);
+    put_one(to + sizeof(Halves), second);
+  }
+  static uint16_t to_half(float value) {
     uint32_t word = load<uint32_t>(&value), size = word & 0x7fffffffu;
     uint16_t half;
     if (size > 0x7f800000u) half = 0x7e00;
@@ -114,8 +172,7 @@ struct Float16 {
       float shifted = load<float>(&size) + 0.5f;
       half = (uint16_t)(load<uint32_t>(&shifted) - 0x3f000000u);
     } else half = (uint16_t)((size - 0x38000000u + 0xfff + ((size >> 13) & 1)) >> 13);
-    half |= (uint16_t)((word >> 16) & 0x8000u);
-    std::memcpy(to, &half, 2);
+    return half | (uint16_t)((word >> 16) & 0x8000u);
   }
 };
 
