@@ -33,7 +33,7 @@ class Settings:
     hidden: int = 4096
     attention_dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     model_dtype: str = "bfloat16"
-    prompt: int = 4096
+    prompt: int = 8192
     prefill_layers: int = 4
     logical_lengths: tuple[int, ...] = (8192, 32768, 131072 - 64)
     copy_bytes: int = 2**29

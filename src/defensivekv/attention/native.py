@@ -9,14 +9,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from defensivekv.cache import PrefixIndex, PrefixView
-from defensivekv.kernels.native import find_library
+from defensivekv.kernels.native import DTYPES, find_library
 from defensivekv.types import Keys, Values
 
 MAX_ROWS = 64
 """Query heads of a group times positions: more of them are bound by arithmetic, which matrix products do better."""
 
 _LANES = 16
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class _Arguments(ctypes.Structure):
@@ -46,7 +45,7 @@ def supports(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
     """Whether the kernel can serve these tensors, of queries (b, q, x, d) and a tail; compiles it if need be."""
     return (
         queries.device.type == "cpu"
-        and queries.dtype in _DTYPES
+        and queries.dtype in DTYPES
         and queries.dtype == keys.dtype == values.dtype
         and queries.shape[-1] % _LANES == 0
         and values.shape[-1] % _LANES == 0
@@ -106,7 +105,7 @@ def read(
     queries, tail_keys, tail_values = (_innermost(tensor) for tensor in (queries, tail_keys, tail_values))
     output = queries.new_empty(b, x, q, v)
     call = _Arguments(
-        dtype=_DTYPES[queries.dtype],
+        dtype=DTYPES[queries.dtype],
         threads=torch.get_num_threads(),
         batch=b,
         heads=h,

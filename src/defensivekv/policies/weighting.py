@@ -11,6 +11,7 @@ from torch import Tensor
 
 from defensivekv.errors import InvalidInputError
 from defensivekv.kernels.device import runs_kernels
+from defensivekv.kernels.native import value_norm as native
 from defensivekv.policies.allocation import Contender, PerLayer
 from defensivekv.policies.layout import Layout
 from defensivekv.policies.observation import Observation
@@ -222,6 +223,8 @@ def value_norms(row: Observation) -> Float[Tensor, "h t"]:
 
         if values.dtype in kernel.DTYPES:
             return kernel.value_norms(values, weights)
+    if native.supports(values, weights):
+        return native.value_norms(values, weights)
     # (hidden, h, g, v): the columns of the weight belong to the query heads in order.
     projection = weights.view(hidden, h, g, v)
     norms = torch.empty(h, t, dtype=torch.float32, device=values.device)

@@ -3,6 +3,6 @@
 Without a compiler, or with DEFENSIVEKV_NATIVE=0, PyTorch's own kernels are used instead: slower, the same results.
 """
 
-from defensivekv.kernels.native.library import Library, find_library
+from defensivekv.kernels.native.library import DTYPES, Library, find_library
 
-__all__ = ["Library", "find_library"]
+__all__ = ["DTYPES", "Library", "find_library"]

@@ -15,12 +15,16 @@ from pathlib import Path
 import torch
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("vectors.h", "ragged_attention.cpp")
+_HEADERS = ("threads.h", "vectors.h")
+_SOURCES = ("ragged_attention.cpp", "value_norm.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-w", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 _ATTEMPTS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ())
 """From the fastest on: not every compiler knows the processor it runs on, or OpenMP."""
 
 _COMPILE_LIMIT_S = 120
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""What the kernels take, by the numbers that they know them by."""
 
 logger = logging.getLogger("defensivekv")
 
@@ -86,7 +90,7 @@ def _fingerprint(compiler: str) -> str:
     """Of all that decides what the compiler makes: sources, flags, its version, the processor."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=30).stdout
     told = [version, repr((_FLAGS, _ATTEMPTS)), platform.machine(), _processor()]
-    told += [(_FOLDER / name).read_text(encoding="utf-8") for name in _SOURCES]
+    told += [(_FOLDER / name).read_text(encoding="utf-8") for name in (*_HEADERS, *_SOURCES)]
     return hashlib.sha256("\0".join(told).encode()).hexdigest()[:24]
 
 
@@ -99,14 +103,16 @@ def _processor() -> str:
 
 
 def _compile(compiler: str, path: Path) -> str:
-    source = str(_FOLDER / _SOURCES[-1])
     complaints = ""
     for attempt in _ATTEMPTS:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            objects, library = Path(folder, "kernels.o"), Path(folder, "kernels.so")
-            made = _run([compiler, *_FLAGS, *attempt, "-c", source, "-o", str(objects)])
+            library = Path(folder, "kernels.so")
+            objects, made = [], ""
+            for name in _SOURCES:
+                objects.append(str(Path(folder, name).with_suffix(".o")))
+                made = made or _run([compiler, *_FLAGS, *attempt, "-c", str(_FOLDER / name), "-o", objects[-1]])
             # Linked without OpenMP's runtime: PyTorch has loaded one, whose threads are shared with it so.
-            made = made or _run([compiler, "-shared", str(objects), "-o", str(library), *_UNDEFINED])
+            made = made or _run([compiler, "-shared", *objects, "-o", str(library), *_UNDEFINED])
             if not made and _loads(library):
                 os.replace(library, path)
                 return f"compiled with {' '.join((Path(compiler).name, *attempt))} to {path}"

@@ -7,16 +7,9 @@
 // within a part is the online one of Milakov and Gimelshein, arXiv 1805.02867). The work, entries times query rows, is
 // cut into equal pieces, which threads take as they come; a piece may begin and end within a segment.
 
-#include <cstdlib>
-#include <new>
 #include <vector>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#else
-static int omp_get_thread_num() { return 0; }
-#endif
-
+#include "threads.h"
 #include "vectors.h"
 
 namespace {
@@ -72,17 +65,6 @@ struct Segment {
 // Running softmax of some rows: what a part of the entries came to.
 struct Part {
   float *highest, *total, *output;
-};
-
-class Buffer {
- public:
-  explicit Buffer(int64_t floats) : data(static_cast<float *>(std::aligned_alloc(64, (floats * 4 + 127) / 64 * 64))) {
-    if (!data) throw std::bad_alloc();
-  }
-  ~Buffer() { std::free(data); }
-  Buffer(const Buffer &) = delete;
-  Buffer &operator=(const Buffer &) = delete;
-  float *const data;
 };
 
 // Rows of `key_size` floats' room each, in the form that the type multiplies keys with.
@@ -395,8 +377,8 @@ struct Merge {
 template <class Type> void attend(const Arguments &a) {
   Plan plan = Plan::of<Type>(a);
   int64_t part_rows = plan.part_rows();
-  Buffer highest(part_rows), total(part_rows), output(part_rows * a.value_size);
-  Buffer scratch(a.threads * (plan.most_rows * a.key_size + a.value_size));
+  Buffer<float> highest(part_rows), total(part_rows), output(part_rows * a.value_size);
+  Buffer<float> scratch(a.threads * (plan.most_rows * a.key_size + a.value_size));
   std::vector<int64_t> sources(a.batch, -1), places(a.batch, 0);
   for (int64_t source = 0; source < a.sources; source++)
     for (int64_t i = a.first_reader[source]; i < a.first_reader[source + 1]; i++)
