@@ -31,7 +31,9 @@ class Tail:
 
     @classmethod
     def of(cls, keys: Keys, values: Values) -> "Tail":
-        """A tail that holds these tensors themselves, or copies where they are views of something larger."""
+        """A tail that holds these tensors themselves, or copies where they are views of something larger or where heads
+        do not lie one after the other, as they are read.
+        """
         return cls(_alone(keys), _alone(values), keys.shape[2])
 
     @property
@@ -84,8 +86,9 @@ class Tail:
 
 
 def _alone(tensor: Keys | Values) -> Tensor:
-    """The tensor, not keeping more storage alive than it needs itself."""
-    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+    """The tensor in order, not keeping more storage alive than it needs itself."""
+    is_alone = tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.is_contiguous()
+    return tensor if is_alone else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _grown(held: Float[Tensor, "b h t d"], capacity: int) -> Float[Tensor, "b h c d"]:
