@@ -21,7 +21,7 @@ def test_lengths_are_read_as_people_write_them(text: str, tokens: int) -> None:
         ({"lengths": ["0"]}, InvalidInputError, "no number of tokens"),
         ({"shape": "llama-9"}, InvalidInputError, "unknown shape 'llama-9': known are llama-3.2-1b"),
         ({"shape": "tiny", "model": "folder"}, InvalidInputError, "give one of them"),
-        ({"rivals": ["stock", "vllm"]}, InvalidInputError, "unknown rival 'vllm': known are stock, static"),
+        ({"rivals": ["stock", "vllm"]}, InvalidInputError, "unknown rival 'vllm': known are compiled, stock, static"),
         ({"memory": "plenty"}, InvalidInputError, "give for example 16GiB"),
         ({"memory": "0.2"}, InvalidInputError, "give for example 16GiB"),
         ({"dtype": "int8"}, InvalidInputError, "unknown dtype 'int8'"),

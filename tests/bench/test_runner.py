@@ -89,3 +89,19 @@ def test_peaks_are_those_of_a_process_of_its_own() -> None:
     assert peak_of(subject, 1, "stock", 512, fills=8) > 8 * 512 * 512
     with pytest.raises(RivalError, match=r"status 1: .*unknown policy 'no'"):
         peak_of(subject, 1, "whole", 512, policy="no", share="0.2")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_compiled_steps_take_part_and_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forgotten = []
+    reset = torch.compiler.reset
+    monkeypatch.setattr("torch.compiler.reset", lambda: forgotten.append(reset()))
+    plan = plan_of(rivals=["compiled", "static-compiled"], lengths=["256", "300"], what=["decode"])
+    for cell in bench(plan, tmp_path).cells:
+        assert not [each.reason for each in cell.outcomes if each.reason]
+        assert outcomes(cell) == dict.fromkeys(["defensivekv 20 %", "compiled 20 %", "static-compiled"], "ok")
+        # What is compiled while warming up is not compiled again in a turn that counts.
+        assert max(cell.outcomes[1].samples_s) < 1
+    assert len(forgotten) == 2

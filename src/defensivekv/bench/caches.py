@@ -93,20 +93,28 @@ def _fill(
 
 
 def filled_evicting(
-    model: PreTrainedModel, tokens: int, budget: float, seen: int, generator: torch.Generator, batch: int = 1
+    model: PreTrainedModel,
+    tokens: int,
+    budget: float,
+    seen: int,
+    generator: torch.Generator,
+    batch: int = 1,
+    *,
+    static_tokens: int | None = None,
 ) -> EvictingCache:
     """Our cache after prompts of `seen` tokens, holding `budget` of `tokens` tokens' entries of each.
 
     The heads of every layer hold different numbers of entries; every layer, and every row, the same number in all.
     """
     config = full_attention_config(model)
-    cache = EvictingCache(model, "layer-defensivekv", budget)
+    cache = EvictingCache(model, "layer-defensivekv", budget, static_tokens=static_tokens)
     for index in cache.evicted_layers:
         layer = cache.layers[index]
         heads = key_value_heads(config)
         lengths = [length for _ in range(batch) for length in ragged_lengths(heads, tokens, budget, generator)]
         prefix = ragged_prefix(lengths, seen, head_size(config), model.dtype, model.device, generator, batch)
         layer.store.start_from(PrefixView(prefix, tuple(range(batch))), seen)
+        layer.refresh_reads()
         layer.awaits_prompt = False
         layer.is_initialized = True
     return cache

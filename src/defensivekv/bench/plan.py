@@ -16,8 +16,8 @@ What = Literal["prefill", "decode", "throughput", "memory", "capacity"]
 ALL_WHAT: tuple[What, ...] = get_args(What)
 
 OURS = "defensivekv"
-RIVALS = ("stock", "static", "flat-copy", "kvpress", "llama.cpp", "openvino")
-"""What this package is measured beside; it itself always takes part."""
+RIVALS = ("compiled", "stock", "static", "static-compiled", "flat-copy", "kvpress", "llama.cpp", "openvino")
+"""What this package is measured beside, its own compiled steps included; it itself always takes part."""
 
 EXTERNAL = ("kvpress", "llama.cpp", "openvino")
 """Those that run in a Python of their own."""

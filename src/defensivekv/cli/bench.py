@@ -31,7 +31,10 @@ def bench(
     batch_sizes: Annotated[_Many, typer.Option(help="Of the throughput, such as 1,2,4.")] = None,
     what: Annotated[_Many, typer.Option(help="prefill,decode,throughput,memory,capacity; all if left out.")] = None,
     rivals: Annotated[
-        _Many, typer.Option(help="stock,static,flat-copy,kvpress,llama.cpp,openvino; all (the default) or none.")
+        _Many,
+        typer.Option(
+            help="compiled,stock,static,static-compiled,flat-copy,kvpress,llama.cpp,openvino; all (if left out), none."
+        ),
     ] = None,
     python: Annotated[_Many, typer.Option(help="A rival's own Python, as kvpress=PATH; again for more.")] = None,
     dtype: Annotated[

@@ -1,9 +1,10 @@
 """Rivals in this process: transformers' own caches, the flat copy, and this package."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from transformers import DynamicCache, StaticCache
 
 from defensivekv.bench.caches import filled_evicting, filled_static, filled_stock
@@ -22,23 +23,28 @@ class _LocalStepper:
     note = ""
 
     def __init__(
-        self, host: Host, cache: Any, batch: int, held: int, switched: Callable[[], AbstractContextManager[None] | None]
+        self,
+        host: Host,
+        cache: Any,
+        batch: int,
+        held: int,
+        switched: Callable[[], AbstractContextManager[None] | None],
+        forward: Callable[..., Any] | None = None,
     ) -> None:
         self._host, self._cache, self._batch = host, cache, batch
-        self._switched = switched
+        self._switched, self._forward = switched, forward
         self.held_bytes = held
 
     def step(self) -> float:
         """One token of each sequence."""
-        within = self._switched()
-        if within is None:
-            return self._host.step(self._cache, self._batch)
-        with within:
-            return self._host.step(self._cache, self._batch)
+        with self._switched() or nullcontext():
+            return self._host.step(self._cache, self._batch, self._forward)
 
     def close(self) -> None:
-        """Forgets the cache."""
-        self._cache = None
+        """Forgets the cache, and what was compiled."""
+        if self._forward is not None:
+            self._host.release_compiled()
+        self._cache = self._forward = None
 
 
 class _Local(Rival):
@@ -99,9 +105,7 @@ class Static(_Local):
 
     def fill(self, filling: Filling) -> _LocalStepper:
         """All entries."""
-        generator = self._host.generator(filling.seed)
-        cache = filled_static(self._host.model, filling.tokens, filling.room, generator, filling.batch)
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        cache, held = _static(self._host, filling)
         return _LocalStepper(self._host, cache, filling.batch, held, self._host.attention)
 
     def read(self, prompt: Prompt) -> float:
@@ -128,11 +132,63 @@ class Evicting(_Local):
         return self._host.read(cache, prompt.tokens, prompt.seed)
 
 
-def _evicted(host: Host, filling: Filling) -> EvictingCache:
+def _static(host: Host, filling: Filling) -> tuple[StaticCache, int]:
+    """And the bytes of what it holds."""
+    cache = filled_static(host.model, filling.tokens, filling.room, host.generator(filling.seed), filling.batch)
+    return cache, sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def _evicted(host: Host, filling: Filling, static_tokens: int | None = None) -> EvictingCache:
     enable(host.model)
     share = 1.0 if filling.share is None else float(filling.share)
     generator = host.generator(filling.seed)
-    return filled_evicting(host.model, filling.tokens, share, filling.tokens, generator, filling.batch)
+    return filled_evicting(
+        host.model, filling.tokens, share, filling.tokens, generator, filling.batch, static_tokens=static_tokens
+    )
+
+
+class _Compiled(_Local):
+    """Whose steps are compiled; the first of them takes as long as that does."""
+
+    reads = False
+
+    def missing(self, batch: int = 1) -> str | None:
+        """A compiler is needed."""
+        return None if torch._dynamo.is_dynamo_supported() else "torch.compile does not run on this system"
+
+    def needs(self, filling: Filling) -> int:
+        """On a CPU, packed weights too."""
+        packed = self._host.facts.weight_bytes if self._host.device.type == "cpu" else 0
+        return super().needs(filling) + packed
+
+    def read(self, prompt: Prompt) -> float:
+        """Not measured."""
+        raise RivalError("compiled steps are measured in decoding alone")
+
+
+class CompiledEvicting(_Compiled):
+    """Of this package, `EvictingCache` with static tokens."""
+
+    name, takes_budget = "compiled", True
+
+    def fill(self, filling: Filling) -> _LocalStepper:
+        """The budget's entries, unevenly over the heads."""
+        cache = _evicted(self._host, filling, static_tokens=filling.room)
+        switched = lambda: enable(self._host.model)  # noqa: E731
+        forward = self._host.compiled_forward()
+        return _LocalStepper(self._host, cache, filling.batch, cache.nbytes, switched, forward)
+
+
+class CompiledStatic(_Compiled):
+    """transformers' StaticCache with SDPA."""
+
+    name, takes_budget = "static-compiled", False
+
+    def fill(self, filling: Filling) -> _LocalStepper:
+        """All entries."""
+        cache, held = _static(self._host, filling)
+        forward = self._host.compiled_forward()
+        return _LocalStepper(self._host, cache, filling.batch, held, self._host.attention, forward)
 
 
 class FlatCopy(_Local):

@@ -6,7 +6,7 @@ from defensivekv.bench.plan import BenchPlan
 from defensivekv.bench.rivals.external import KINDS, External, Workers
 from defensivekv.bench.rivals.host import Host
 from defensivekv.bench.rivals.installing import find_pythons
-from defensivekv.bench.rivals.local import Evicting, FlatCopy, Static, Stock
+from defensivekv.bench.rivals.local import CompiledEvicting, CompiledStatic, Evicting, FlatCopy, Static, Stock
 from defensivekv.bench.rivals.rival import Rival
 from defensivekv.bench.subject import Subject
 
@@ -22,7 +22,8 @@ class Field:
         names = plan.rival_names
         self.workers = Workers(subject, folder, find_pythons(plan.pythons, names), threads)
         self.ours = Evicting(self.host)
-        local = {rival.name: rival for rival in (Stock(self.host), Static(self.host), FlatCopy(self.host))}
+        kinds = (CompiledEvicting, Stock, Static, CompiledStatic, FlatCopy)
+        local: dict[str, Rival] = {kind.name: kind(self.host) for kind in kinds}
         on_gpu = self.host.device.type == "cuda"
         self.rivals: list[Rival] = [self.ours]
         for name in names:
