@@ -10,16 +10,15 @@ from defensivekv.bench.dtypes import dtype_of as dtype_of
 class Settings:
     """Sizes and repetitions.
 
-    tokens: stored by the dense caches. attention_layers: caches that a step's attention reads in turn. scored, window: tokens whose entries are scored and compacted without a model,
-    and those at their end whose queries are observed. hidden: size of the output projection. prompt, prefill_layers:
-    tokens of the prefill, and layers of the model that it is timed on. logical_lengths: tokens seen, while the stored
-    entries stay those of `budget` of the shortest. short, medium, long: repetitions of calls that take milliseconds,
-    tenths of a second, and seconds.
-    model: changes to the model's configuration. endless_tokens, bound: tokens generated, and entries per head that may
-    be held meanwhile. memory_lengths, memory_ways, chunk_size: prompts whose peak is measured, how
-    they are read, and tokens read at a time. thin:
-    changes that make the model one of little but a cache.
-    has_targets: whether the figures can be held against the targets.
+    tokens: stored by the dense caches. attention_layers: caches that a step's attention reads in turn. scored, window:
+    tokens whose entries are scored and compacted without a model, and those at their end whose queries are observed.
+    hidden: size of the output projection. prompt, prefill_layers: tokens of the prefill, and layers of the model that
+    it is timed on. logical_lengths: tokens seen, while the stored entries stay those of `budget` of the shortest.
+    short, medium, long: repetitions of calls that take milliseconds, tenths of a second, and seconds. model: changes
+    to the model's configuration. endless_tokens, bound: tokens generated, and entries per head that may be held
+    meanwhile. memory_lengths, memory_ways, chunk_size: prompts whose peak is measured, how they are read, and tokens
+    read at a time. thin: changes that make the model one of little but a cache. has_targets: whether the figures can
+    be held against the targets.
     """
 
     tokens: int = 32768

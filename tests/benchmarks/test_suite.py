@@ -22,7 +22,7 @@ def test_the_quick_run_writes_settings_versions_and_samples(tmp_path: Path, caps
     assert found["versions"]["torch"] == torch.__version__
     assert found["not_run"] == []
     names = {result["name"] for result in found["results"]}
-    speed = {"attention-float32", "attention-bfloat16", "decode-step", "logical-length", "prefill"}
+    speed = {"attention-float32", "attention-bfloat16", "attention-float16", "decode-step", "logical-length", "prefill"}
     steps = {"window-scores", "value-norm", "compaction"}
     endless = {f"endless-{name}" for name in ("layer-defensivekv", "h2o", "tova", "streaming-llm")}
     assert names == speed | steps | endless | {"memory"}

@@ -11,9 +11,11 @@ from defensivekv.drawing import LineStyle, Style
 
 _KNOWN = {
     OURS: Style("#b2182b", "o", width=2.4),
+    f"{OURS} compiled": Style("#e6550d", "*", width=2.4),
     "flat-copy": Style("#ef8a62", "s"),
     "stock": Style("#222222", "X"),
     "static": Style("#8a8a8a", "P"),
+    "static compiled": Style("#bdbdbd", "p"),
     "kvpress": Style("#2166ac", "^"),
     "llama.cpp": Style("#1b7837", "v"),
     "llama.cpp flash": Style("#7fbf7b", "D"),

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from transformers import DynamicCache, StaticCache
 
 from defensivekv.bench.caches import filled_evicting, filled_static, filled_stock
@@ -50,11 +49,11 @@ class _LocalStepper:
 class _Local(Rival):
     """What the rivals of this process have in common."""
 
-    fills, reads = True, True
+    family, fills, reads = "", True, True
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self.family = self.name
+        self.family = self.family or self.name
 
     def missing(self, batch: int = 1) -> str | None:
         """Nothing has to be installed."""
@@ -152,10 +151,6 @@ class _Compiled(_Local):
 
     reads = False
 
-    def missing(self, batch: int = 1) -> str | None:
-        """A compiler is needed."""
-        return None if torch._dynamo.is_dynamo_supported() else "torch.compile does not run on this system"
-
     def needs(self, filling: Filling) -> int:
         """On a CPU, packed weights too."""
         packed = self._host.facts.weight_bytes if self._host.device.type == "cpu" else 0
@@ -169,7 +164,7 @@ class _Compiled(_Local):
 class CompiledEvicting(_Compiled):
     """Of this package, `EvictingCache` with static tokens."""
 
-    name, takes_budget = "compiled", True
+    name, family, takes_budget = f"{OURS} compiled", "compiled", True
 
     def fill(self, filling: Filling) -> _LocalStepper:
         """The budget's entries, unevenly over the heads."""
@@ -182,7 +177,7 @@ class CompiledEvicting(_Compiled):
 class CompiledStatic(_Compiled):
     """transformers' StaticCache with SDPA."""
 
-    name, takes_budget = "static-compiled", False
+    name, family, takes_budget = "static compiled", "static-compiled", False
 
     def fill(self, filling: Filling) -> _LocalStepper:
         """All entries."""

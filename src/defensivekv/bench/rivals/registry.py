@@ -22,8 +22,8 @@ class Field:
         names = plan.rival_names
         self.workers = Workers(subject, folder, find_pythons(plan.pythons, names), threads)
         self.ours = Evicting(self.host)
-        kinds = (CompiledEvicting, Stock, Static, CompiledStatic, FlatCopy)
-        local: dict[str, Rival] = {kind.name: kind(self.host) for kind in kinds}
+        rivals = (kind(self.host) for kind in (CompiledEvicting, Stock, Static, CompiledStatic, FlatCopy))
+        local: dict[str, Rival] = {rival.family: rival for rival in rivals}
         on_gpu = self.host.device.type == "cuda"
         self.rivals: list[Rival] = [self.ours]
         for name in names:
