@@ -1,12 +1,14 @@
 """The model of this process, which the rivals that live in it share."""
 
 import gc
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 import torch
+from torch._inductor.codecache import PyCodeCache
 from transformers import PreTrainedModel
 
 from defensivekv.bench.subject import ModelFacts, Subject, model_facts
@@ -66,9 +68,14 @@ class Host:
     def release_compiled(self) -> None:
         """Once all are given back, what was compiled is forgotten, packed weights included."""
         self._compiled -= 1
-        if not self._compiled:
-            torch.compiler.reset()
-            gc.collect()
+        if self._compiled:
+            return
+        torch.compiler.reset()
+        # It leaves the modules that hold packed weights where they are.
+        for module in PyCodeCache.modules:
+            sys.modules.pop(module.__name__, None)
+        PyCodeCache.cache_clear()
+        gc.collect()
 
     @torch.inference_mode()
     def step(self, cache: Any, batch: int, forward: Callable[..., Any] | None = None) -> float:

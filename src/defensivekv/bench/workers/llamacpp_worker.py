@@ -36,7 +36,10 @@ class LlamaCpp:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_gguf(Path(asked.config), path, asked.seed)
         llama.llama_backend_init()
-        self._model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
+        params = llama.llama_model_default_params()
+        # A mapped file would be read from the disk again where other rivals need the memory.
+        params.load_mode = llama.LLAMA_LOAD_MODE_NONE
+        self._model = llama.llama_model_load_from_file(str(path).encode(), params)
         if not self._model:
             raise RuntimeError(f"llama.cpp cannot load {path}: see the worker's log")
         self._threads = asked.threads

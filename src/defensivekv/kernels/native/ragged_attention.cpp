@@ -90,9 +90,15 @@ INLINE void fetch(const char *reading, int64_t bytes) {
 
 // logits[entry][row] = queries[row] . keys[entry] * scaling for a tile, -inf beyond `count`. Entry after entry: a
 // processor foresees one straight run through memory, and not four side by side.
-template <class Type, int NUM>
+// STEPS: thirty-two channels each, where the queries of all fit into registers; 0: they are loaded for every key.
+template <class Type, int NUM, int STEPS>
 INLINE void multiply_keys(const float *queries, int64_t size, const char *keys, int64_t stride, int count,
                           float scaling, bool fetches, Tile logits) {
+  constexpr int STEP = 2 * WIDTH;
+  auto query_at = [&](int row, int64_t place) { return (const char *)(queries + row * size) + place * Type::QUERY_BYTES; };
+  typename Type::Channels held[NUM][STEPS ? STEPS : 1];
+  for (int row = 0; row < NUM; row++)
+    for (int step = 0; step < STEPS; step++) held[row][step] = Type::load_queries(query_at(row, step * STEP));
   for (int entry = 0; entry < TILE; entry += 4) {
     if (entry >= count) {
       store(logits + entry * ROWS, splat(-INFINITY));
@@ -101,18 +107,25 @@ INLINE void multiply_keys(const float *queries, int64_t size, const char *keys, 
     Floats products[4][4] = {};
     for (int e = 0; e < 4; e++) {
       const char *key = keys + stride * (entry + e < count ? entry + e : count - 1);
-      int64_t place = 0;
       Floats sums[ROWS] = {};
-      for (; place + 2 * WIDTH <= size; place += 2 * WIDTH) {
-        if (fetches) fetch(key + place * Type::BYTES, 2 * WIDTH * Type::BYTES);
-        typename Type::Keys pair = Type::load_keys(key + place * Type::BYTES);
-        for (int row = 0; row < NUM; row++)
-          Type::add_product(sums[row], pair, (const char *)(queries + row * size) + place * Type::QUERY_BYTES);
+      if constexpr (STEPS > 0) {
+        if (fetches) fetch(key, size * Type::BYTES);
+        for (int step = 0; step < STEPS; step++) {
+          typename Type::Channels channels = Type::load_keys(key + step * STEP * Type::BYTES);
+          for (int row = 0; row < NUM; row++) Type::add_product(sums[row], channels, held[row][step]);
+        }
+      } else {
+        int64_t place = 0;
+        for (; place + STEP <= size; place += STEP) {
+          if (fetches) fetch(key + place * Type::BYTES, STEP * Type::BYTES);
+          typename Type::Channels channels = Type::load_keys(key + place * Type::BYTES);
+          for (int row = 0; row < NUM; row++)
+            Type::add_product(sums[row], channels, Type::load_queries(query_at(row, place)));
+        }
+        if (place < size)
+          for (int row = 0; row < NUM; row++)
+            sums[row] += Type::load_one(key + place * Type::BYTES) * Type::load_query(query_at(row, place));
       }
-      if (place < size)
-        for (int row = 0; row < NUM; row++)
-          sums[row] += Type::load_one(key + place * Type::BYTES) *
-                              Type::load_query((const char *)(queries + row * size) + place * Type::QUERY_BYTES);
       for (int row = 0; row < NUM; row++) products[e][row] = sums[row];
     }
     store(logits + entry * ROWS, sums_of(products) * scaling);
@@ -210,7 +223,13 @@ void attend_tile(const Arguments &a, const Segment &segment, const float *querie
   alignas(64) Tile logits;
   const char *keys = segment.keys + first * segment.key_stride;
   const char *values = segment.values + first * segment.value_stride;
-  multiply_keys<Type, NUM>(queries, a.key_size, keys, segment.key_stride, count, a.scaling, fetches, logits);
+  constexpr int WIDE = sizeof(typename Type::Channels) == sizeof(Floats) ? 4 : 2;
+  if (a.key_size == WIDE * 2 * WIDTH)
+    multiply_keys<Type, NUM, WIDE>(queries, a.key_size, keys, segment.key_stride, count, a.scaling, fetches, logits);
+  else if (a.key_size == 64)
+    multiply_keys<Type, NUM, 2>(queries, a.key_size, keys, segment.key_stride, count, a.scaling, fetches, logits);
+  else
+    multiply_keys<Type, NUM, 0>(queries, a.key_size, keys, segment.key_stride, count, a.scaling, fetches, logits);
   if (a.softcap != 0) cap(logits, a.softcap);
   if (is_masked) hide(a, segment, first_row, NUM, first, count, logits);
   if (!update_softmax<NUM>(logits, part, a.value_size)) return;

@@ -48,16 +48,17 @@ struct Pair {
 // Queries as floats, in the order of pairs.
 template <class Type> struct FloatQueries {
   static constexpr int QUERY_BYTES = 4;
-  typedef Pair Keys;
-  INLINE Keys load_keys(const char *from) {
+  typedef Pair Channels;
+  INLINE Channels load_keys(const char *from) {
     Pair pair;
     Type::load_pair(from, pair.first, pair.second);
     return pair;
   }
+  INLINE Channels load_queries(const char *from) { return {load<Floats>(from), load<Floats>(from + sizeof(Floats))}; }
   INLINE Floats load_query(const char *from) { return load<Floats>(from); }
-  INLINE void add_product(Floats &sum, Keys keys, const char *query) {
-    sum += keys.first * load<Floats>(query);
-    sum += keys.second * load<Floats>(query + sizeof(Floats));
+  INLINE void add_product(Floats &sum, Channels keys, Channels queries) {
+    sum += keys.first * queries.first;
+    sum += keys.second * queries.second;
   }
   INLINE void keep_query(const char *from, char *to, int64_t size) {
     float *floats = (float *)to;
@@ -95,11 +96,12 @@ INLINE Floats widened(Halves bfloats) { return (Floats)(__builtin_convertvector(
 // Queries as they are: products of pairs of bfloat16 are one instruction, summed up in float32.
 struct BFloat16Queries {
   static constexpr int QUERY_BYTES = 2;
-  typedef __m512bh Keys;
-  INLINE Keys load_keys(const char *from) { return load<__m512bh>(from); }
+  typedef __m512bh Channels;
+  INLINE Channels load_keys(const char *from) { return load<__m512bh>(from); }
+  INLINE Channels load_queries(const char *from) { return load<__m512bh>(from); }
   INLINE Floats load_query(const char *from) { return widened(load<Halves>(from)); }
-  INLINE void add_product(Floats &sum, Keys keys, const char *query) {
-    sum = (Floats)_mm512_dpbf16_ps((__m512)sum, keys, load<__m512bh>(query));
+  INLINE void add_product(Floats &sum, Channels keys, Channels queries) {
+    sum = (Floats)_mm512_dpbf16_ps((__m512)sum, keys, queries);
   }
   INLINE void keep_query(const char *from, char *to, int64_t size) { std::memcpy(to, from, 2 * size); }
 };
