@@ -39,17 +39,22 @@ def drawing() -> Iterator[None]:
 
 
 def add_legend(figure: Figure, handles: Mapping[str, Line2D], columns: int) -> None:
-    """A legend below the panels, across the figure, in up to `columns` columns."""
-    if handles:
-        figure.legend(
+    """A legend below the panels, across the figure, in up to `columns` columns: in as many as it is wide enough for."""
+    if not handles:
+        return
+    for count in range(min(columns, len(handles)), 0, -1):
+        legend = figure.legend(
             list(handles.values()),
             list(handles),
             loc="outside lower center",
-            ncols=min(columns, len(handles)),
+            ncols=count,
             frameon=False,
             fontsize=8,
             handlelength=2.6,
         )
+        if count == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def panels(count: int, *, width: float = 4.0, height: float = 3.3, below: float = 0.0) -> tuple[Figure, list[Axes]]:
