@@ -34,20 +34,20 @@ class _Watched(dkv.EvictingCache):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.whole: dict[int, StorageWeakRef] = {}
+        self.handed: list[StorageWeakRef] = []
+        self.put: list[StorageWeakRef] = []
         self.alive_at_update: list[int] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.alive_at_update.append(self.alive)
+        self.handed += [StorageWeakRef(states.untyped_storage()) for states in (key_states, value_states)]
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        for states in (key_states, value_states, keys, values):
-            storage = StorageWeakRef(states.untyped_storage())
-            self.whole[storage.cdata] = storage
+        self.put += [StorageWeakRef(states.untyped_storage()) for states in (keys, values)]
         return keys, values
 
     @property
     def alive(self) -> int:
-        return sum(not storage.expired() for storage in self.whole.values())
+        return len({storage.cdata for storage in (*self.handed, *self.put) if not storage.expired()})
 
 
 @pytest.mark.parametrize("budget", [1.0, 0.3])
@@ -57,7 +57,7 @@ def test_the_keys_and_values_of_the_prompt_are_freed_once_it_has_been_read(polic
     dkv.enable(model)
     cache = _Watched(model, dkv.policy(policy, budget))
     _read(model, cache, prompt(PROMPT))
-    assert len(cache.whole) >= 2 * LAYERS
+    assert len(cache.handed) == 2 * LAYERS
     assert cache.alive == 0
 
 

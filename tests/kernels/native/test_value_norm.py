@@ -47,7 +47,9 @@ def check(values: Tensor, projection: Tensor) -> None:
     assert value_norm.supports(values, projection)
     found = value_norm.value_norms(values, projection)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), reference(values, projection), rtol=2e-6, atol=1e-7)
+    # Of what is added up: a product of one column may cancel to next to nothing.
+    error = (found.double() - reference(values, projection)).abs()
+    assert (error <= 5e-7 * reference(values.abs(), projection.abs())).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -56,6 +58,7 @@ def check(values: Tensor, projection: Tensor) -> None:
 @example(sizes=(1, 1, 1, 2, 1))
 @example(sizes=(2, 1, 6, 64, 64))
 @example(sizes=(2, 2, 385, 66, 65))
+@example(sizes=(3, 1, 955, 80, 1))
 def test_norms_are_those_of_the_formula(sizes: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
     h, g, t, v, hidden = sizes
     check(draw(dtype, h, t, v), draw(dtype, hidden, h * g * v, seed=1))

@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch._inductor.codecache import PyCodeCache
 from transformers import PreTrainedModel
 
 from defensivekv.bench.subject import ModelFacts, Subject, model_facts
@@ -70,6 +69,9 @@ class Host:
         self._compiled -= 1
         if self._compiled:
             return
+        # Here and not above: it takes long to import, and is there once something was compiled.
+        from torch._inductor.codecache import PyCodeCache
+
         torch.compiler.reset()
         # It leaves the modules that hold packed weights where they are.
         for module in PyCodeCache.modules:

@@ -88,8 +88,7 @@ class Stock(_Local):
     def fill(self, filling: Filling) -> _LocalStepper:
         """All entries."""
         cache = filled_stock(self._host.model, filling.tokens, self._host.generator(filling.seed), filling.batch)
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-        return _LocalStepper(self._host, cache, filling.batch, held, self._host.attention)
+        return _LocalStepper(self._host, cache, filling.batch, _held(cache), self._host.attention)
 
     def read(self, prompt: Prompt) -> float:
         """The stock prefill."""
@@ -104,8 +103,8 @@ class Static(_Local):
 
     def fill(self, filling: Filling) -> _LocalStepper:
         """All entries."""
-        cache, held = _static(self._host, filling)
-        return _LocalStepper(self._host, cache, filling.batch, held, self._host.attention)
+        cache = _static(self._host, filling)
+        return _LocalStepper(self._host, cache, filling.batch, _held(cache), self._host.attention)
 
     def read(self, prompt: Prompt) -> float:
         """The prefill into it; allocating it is not timed."""
@@ -131,10 +130,13 @@ class Evicting(_Local):
         return self._host.read(cache, prompt.tokens, prompt.seed)
 
 
-def _static(host: Host, filling: Filling) -> tuple[StaticCache, int]:
-    """And the bytes of what it holds."""
-    cache = filled_static(host.model, filling.tokens, filling.room, host.generator(filling.seed), filling.batch)
-    return cache, sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+def _held(cache: DynamicCache | StaticCache) -> int:
+    """Bytes of keys and values."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def _static(host: Host, filling: Filling) -> StaticCache:
+    return filled_static(host.model, filling.tokens, filling.room, host.generator(filling.seed), filling.batch)
 
 
 def _evicted(host: Host, filling: Filling, static_tokens: int | None = None) -> EvictingCache:
@@ -181,9 +183,8 @@ class CompiledStatic(_Compiled):
 
     def fill(self, filling: Filling) -> _LocalStepper:
         """All entries."""
-        cache, held = _static(self._host, filling)
-        forward = self._host.compiled_forward()
-        return _LocalStepper(self._host, cache, filling.batch, held, self._host.attention, forward)
+        cache, forward = _static(self._host, filling), self._host.compiled_forward()
+        return _LocalStepper(self._host, cache, filling.batch, _held(cache), self._host.attention, forward)
 
 
 class FlatCopy(_Local):

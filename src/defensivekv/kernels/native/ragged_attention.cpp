@@ -7,6 +7,7 @@
 // within a part is the online one of Milakov and Gimelshein, arXiv 1805.02867). The work, entries times query rows, is
 // cut into equal pieces, which threads take as they come; a piece may begin and end within a segment.
 
+#include <type_traits>
 #include <vector>
 
 #include "threads.h"
@@ -223,13 +224,12 @@ void attend_tile(const Arguments &a, const Segment &segment, const float *querie
   alignas(64) Tile logits;
   const char *keys = segment.keys + first * segment.key_stride;
   const char *values = segment.values + first * segment.value_stride;
-  constexpr int WIDE = sizeof(typename Type::Channels) == sizeof(Floats) ? 4 : 2;
-  if (a.key_size == WIDE * 2 * WIDTH)
-    multiply_keys<Type, NUM, WIDE>(queries, a.key_size, keys, segment.key_stride, count, a.scaling, fetches, logits);
-  else if (a.key_size == 64)
-    multiply_keys<Type, NUM, 2>(queries, a.key_size, keys, segment.key_stride, count, a.scaling, fetches, logits);
-  else
-    multiply_keys<Type, NUM, 0>(queries, a.key_size, keys, segment.key_stride, count, a.scaling, fetches, logits);
+  auto multiply = [&](auto steps) {
+    multiply_keys<Type, NUM, steps>(queries, a.key_size, keys, segment.key_stride, count, a.scaling, fetches, logits);
+  };
+  if (a.key_size == 64) multiply(std::integral_constant<int, 2>());
+  else if (a.key_size == 128 && Type::HELD >= 4) multiply(std::integral_constant<int, Type::HELD>());
+  else multiply(std::integral_constant<int, 0>());
   if (a.softcap != 0) cap(logits, a.softcap);
   if (is_masked) hide(a, segment, first_row, NUM, first, count, logits);
   if (!update_softmax<NUM>(logits, part, a.value_size)) return;

@@ -39,7 +39,7 @@ INLINE Floats highest(Floats a, Floats b) { return a > b ? a : b; }
 
 // Element types. `load_one` gives sixteen elements in order; `load_pair` thirty-two as two vectors, in an order of the
 // type's own, which `put_pair` undoes. Keys are multiplied thirty-two at a time, with queries kept in a form of the
-// type's own too.
+// type's own too: HELD steps of four queries fit into registers.
 
 struct Pair {
   Floats first, second;
@@ -47,7 +47,7 @@ struct Pair {
 
 // Queries as floats, in the order of pairs.
 template <class Type> struct FloatQueries {
-  static constexpr int QUERY_BYTES = 4;
+  static constexpr int QUERY_BYTES = 4, HELD = 2;
   typedef Pair Channels;
   INLINE Channels load_keys(const char *from) {
     Pair pair;
@@ -95,7 +95,7 @@ INLINE Floats widened(Halves bfloats) { return (Floats)(__builtin_convertvector(
 #if defined(__AVX512BF16__)
 // Queries as they are: products of pairs of bfloat16 are one instruction, summed up in float32.
 struct BFloat16Queries {
-  static constexpr int QUERY_BYTES = 2;
+  static constexpr int QUERY_BYTES = 2, HELD = 4;
   typedef __m512bh Channels;
   INLINE Channels load_keys(const char *from) { return load<__m512bh>(from); }
   INLINE Channels load_queries(const char *from) { return load<__m512bh>(from); }
