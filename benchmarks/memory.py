@@ -20,7 +20,7 @@ from benchmarks.models import random_model
 from benchmarks.result import Result, Target
 from benchmarks.settings import FULL, QUICK, Settings
 from defensivekv.bench.peak_memory import ALLOCATOR, PeakMemory
-from defensivekv.integrations.transformers.competition import Competition
+from defensivekv.integrations.competition import Competition
 from defensivekv.integrations.transformers.versions import CACHE_ARGUMENT
 
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "peak_memory.png"

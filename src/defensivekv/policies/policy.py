@@ -143,25 +143,17 @@ class Policy:
         index: int = 0,
         num_layers: int = 1,
         evidence: Sequence[Evidence] | None = None,
+        shares: Sequence[Fraction] | None = None,
     ) -> ScoredLayer:
         """Scores of one layer's entries. Every row is scored alone.
 
         index: of the layer among the `num_layers` evicted ones, which a budget in bytes is shared among (each layer
         getting an even part). evidence: of each row, where it was observed before; None: of this observation's queries.
+        shares: what each row keeps; None: what the budget says.
         Raises InvalidInputError where keys, values, queries or scores hold NaN.
         """
-        shares = self._shares(observation, bytes_per_token(observation) * num_layers)
-        return self._score(observation, shares, index, num_layers, evidence)
-
-    @torch.no_grad()
-    def _score(
-        self,
-        observation: Observation,
-        shares: list[Fraction],
-        index: int,
-        num_layers: int,
-        evidence: Sequence[Evidence] | None = None,
-    ) -> ScoredLayer:
+        if shares is None:
+            shares = self._shares(observation, bytes_per_token(observation) * num_layers)
         given = [None] * len(shares) if evidence is None else evidence
         rows = list(observation.rows())
         scored = [self._score_row(row, share, seen) for row, share, seen in zip(rows, shares, given, strict=True)]
@@ -240,7 +232,10 @@ class Policy:
             raise InvalidInputError("the layers' observations differ in batch or tokens: pass those of one prompt")
         shares = self._shares(observations[0], sum(bytes_per_token(observation) for observation in observations))
         count = len(observations)
-        scored = [self._score(observation, shares, index, count) for index, observation in enumerate(observations)]
+        scored = [
+            self.score(observation, index=index, num_layers=count, shares=shares)
+            for index, observation in enumerate(observations)
+        ]
         if self.spans_layers:
             return self.keep(*self.settle(scored, shares))
         return [self.keep([layer], shares)[0] for layer in scored]

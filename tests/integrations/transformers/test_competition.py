@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from defensivekv import Budget, Policy
-from defensivekv.integrations.transformers.competition import Competition, compacted_scores
+from defensivekv.integrations.competition import Competition, compacted_scores
 from defensivekv.policies.aggregation import Max, MeanAndVariance
 from defensivekv.policies.allocation import AcrossLayers, Allocation, ByPreference, PerLayer
 from defensivekv.policies.preference import DispersionAndShift

@@ -8,7 +8,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from defensivekv.errors import DefensiveKVWarning, InvalidInputError
-from defensivekv.integrations.transformers.competition import Competition
+from defensivekv.integrations.competition import Competition
 from defensivekv.integrations.transformers.texts import Texts
 from defensivekv.policies import Observation, Policy
 from defensivekv.policies.evidence import Evidence

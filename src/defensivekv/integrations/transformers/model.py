@@ -10,11 +10,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from defensivekv.errors import UnsupportedModelError
+from defensivekv.integrations.projections import OUTPUT_PROJECTIONS
 from defensivekv.integrations.transformers.attention import attention_forward, attention_mask
 
 ATTENTION_NAME = "defensivekv"
 
-_OUTPUT_PROJECTIONS = ("o_proj", "dense", "out_proj", "c_proj")
+
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _previous: "weakref.WeakKeyDictionary[PreTrainedModel, list[tuple[PreTrainedConfig, str | None]]]" = (
     weakref.WeakKeyDictionary()
@@ -193,7 +194,7 @@ def output_projection(module: nn.Module, num_columns: int) -> Tensor:
     Raises UnsupportedModelError where it is missing, quantised, or offloaded.
     """
     advice = "use a policy without value weighting, such as 'snapkv'"
-    for name in _OUTPUT_PROJECTIONS:
+    for name in OUTPUT_PROJECTIONS:
         projection = getattr(module, name, None)
         weight: Tensor | None = getattr(projection, "weight", None)
         if weight is None:

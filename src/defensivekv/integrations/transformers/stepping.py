@@ -14,8 +14,8 @@ from torch import Tensor
 
 from defensivekv.cache import RaggedLayer
 from defensivekv.errors import InvalidInputError
+from defensivekv.integrations.competition import Competition
 from defensivekv.integrations.transformers.bound import Bound, LayerSizes, Limits
-from defensivekv.integrations.transformers.competition import Competition
 from defensivekv.integrations.transformers.decision import check_pads, say_what_is_whole
 from defensivekv.integrations.transformers.layer_row import LayerRow
 from defensivekv.integrations.transformers.pending import Pending
