@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from defensivekv.attention import native_pages
 from defensivekv.attention.reference import masked_attention
 from defensivekv.cache import PageLayout, PageTable
 
@@ -27,6 +28,8 @@ def attend_pages(
     queries: (x, q, d), of all sequences one after the other, as `table.first_query` says.
     pages: (rows, d) contiguous, of the queries' dtype. starts: (r, h + 1), of this layer.
     """
+    if native_pages.supports(queries, pages):
+        return native_pages.read(queries, pages, layout, layer, table, starts, scaling)
     return gathered_attention(queries, pages, layout, layer, table, starts, scaling=scaling)
 
 

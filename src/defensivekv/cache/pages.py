@@ -47,7 +47,7 @@ class PageLayout:
         """Rows of keys in a page; those of values follow, as many."""
         return self.heads * self.block_size
 
-    def rows(self, blocks: Int[Tensor, "n"], page: "Places", layer: int) -> Rows:
+    def rows(self, blocks: Int[Tensor, " n"], page: "Places", layer: int) -> Rows:
         """The rows of keys at these places of a sequence; a value lies `page_rows` further.
 
         blocks: the sequence's. layer: whose entries they are.
@@ -73,7 +73,7 @@ class PageLayout:
             layers = torch.where(in_full, page % self.packed_layers, page)
         return Places(blocks, layers, within % width)
 
-    def tokens(self, numbers: Int[Tensor, "x"], slots: "int | Int[Tensor, 'x']") -> "Places":
+    def tokens(self, numbers: Int[Tensor, " x"], slots: int | Int[Tensor, " x"]) -> "Places":
         """Places of tokens, by number after the kept slots of their sequences: (x, h)."""
         full, rest = slots // self.block_size, slots % self.block_size
         slot = slots + numbers

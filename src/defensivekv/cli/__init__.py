@@ -13,6 +13,7 @@ from defensivekv.cli.evaluate import evaluate
 from defensivekv.cli.lm_eval import lm_eval
 from defensivekv.cli.policies import list_policies
 from defensivekv.cli.profile import profile
+from defensivekv.cli.serve import serve
 from defensivekv.errors import DefensiveKVError
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ app.command()(bench)
 app.command()(lm_eval)
 app.command("policies")(list_policies)
 app.command()(profile)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 
 
 def main() -> None:

@@ -65,6 +65,8 @@ def check_servable(policy: Policy) -> None:
         reason = "has every prompt read a second time, which an engine does not do"
     elif policy.budget.is_adaptive:
         reason = f"has the budget {policy.budget}, whose size is not known when blocks are given out"
+    elif policy.budget.kind == "bytes":
+        reason = f"has the budget {policy.budget}, a bound on all that a sequence ever holds, generated tokens counted"
     elif policy.scorer.sees not in ("window", "nothing") and not policy.budget.is_full:
         reason = f"scores by {policy.scorer.description}, of which a chunk of the prompt shows a part"
     else:

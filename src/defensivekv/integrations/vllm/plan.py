@@ -12,13 +12,16 @@ from defensivekv.policies.allocation import PerHead, PerLayer, PerPosition
 _EVEN = (PerHead, PerLayer, PerPosition)
 """Allocations that give every layer as much."""
 
+_NO_BYTES = 1
+"""Of a token: no budget that is served counts them."""
+
 
 @dataclass(frozen=True)
 class EvictionPlan:
     """A policy on a rank's part of a model.
 
     layers: evicted ones. heads: key-value heads of a layer on this rank. groups: of these heads, each of which
-    competes for itself. bytes_per_token: what a token's entries take, over all layers and ranks.
+    competes for itself.
     whole_up_to: prompts of so many tokens are read in one pass, so that nothing is stored of them but what stays.
     """
 
@@ -26,7 +29,6 @@ class EvictionPlan:
     layers: int
     heads: int
     groups: int
-    bytes_per_token: int
     whole_up_to: int
 
     @cached_property
@@ -39,7 +41,7 @@ class EvictionPlan:
         answers where `Policy.row_share` raises.
         """
         try:
-            return self.policy.row_share(num_tokens, self.bytes_per_token)
+            return self.policy.row_share(num_tokens, _NO_BYTES)
         except BudgetError:
             return Fraction(self.policy.num_staying, num_tokens)
 

@@ -9,7 +9,6 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
-from defensivekv.budget import entry_bytes
 from defensivekv.errors import UnsupportedModelError
 from defensivekv.integrations.projections import find_projection
 from defensivekv.integrations.vllm.backend import EvictingBackend, EvictingImpl, EvictingMetadataBuilder
@@ -73,13 +72,11 @@ class EvictingWorker:
             raise UnsupportedModelError(
                 f"{heads} key-value heads cannot be shared among {ranks} ranks and {options.head_groups} head groups"
             )
-        size = entry_bytes(spec.head_size, spec.head_size, spec.dtype.itemsize)
         return EvictionPlan(
             policy=options.make_policy(),
             layers=len(specs),
             heads=spec.num_kv_heads,
             groups=max(1, options.head_groups // ranks),
-            bytes_per_token=len(specs) * heads * size,
             whole_up_to=self._whole_up_to(),
         )
 

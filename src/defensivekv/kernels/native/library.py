@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 _FOLDER = Path(__file__).parent
-_HEADERS = ("threads.h", "vectors.h")
-_SOURCES = ("ragged_attention.cpp", "value_norm.cpp")
+_HEADERS = ("attend.h", "threads.h", "tiles.h", "vectors.h")
+_SOURCES = ("paged_attention.cpp", "ragged_attention.cpp", "value_norm.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-w", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 _ATTEMPTS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ())
 """From the fastest on: not every compiler knows the processor it runs on, or OpenMP."""
