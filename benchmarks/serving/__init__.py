@@ -1,0 +1,1 @@
+"""Serving by vLLM, with and without eviction, in the same memory: `python -m benchmarks.serving`."""
