@@ -27,6 +27,14 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "serving.json"
 PICTURE = ROOT / "docs" / "serving.png"
 
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "4",
+    # All cores; vLLM leaves one out.
+    "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
 Measured = dict[str, list[dict[str, Any]]]
 
 
@@ -38,10 +46,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--loads", nargs="*", default=None, help="decode-step, throughput; none: both")
     parser.add_argument("--output", type=Path, default=RESULTS, help="the JSON file to write")
     options = parser.parse_args(arguments)
-    loads = [load for load in (QUICK if options.quick else FULL) if options.loads in (None, [], [load.name])]
+    loads = [load for load in (QUICK if options.quick else FULL) if not options.loads or load.name in options.loads]
     header = describe(torch.device("cpu")) | {"vllm": metadata.version("vllm"), "quick": options.quick}
     console = Console()
-    console.print(f"{header['device']}, {header['threads']} threads, vLLM {header['vllm']}, commit {header['commit']}")
+    console.print(
+        f"{ENVIRONMENT}\n{header['device']}, {header['threads']} threads, vLLM {header['vllm']}, commit {header['commit']}"
+    )
     results = []
     for load in loads:
         measured: Measured = {way: [] for way in load.ways}
@@ -65,7 +75,7 @@ def run(load: Load, way: str) -> dict[str, Any]:
         asked.write_text(json.dumps(job))
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.serving.engine", str(asked), str(answer)],
-            env={"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **os.environ},
+            env={**ENVIRONMENT, **os.environ},
             capture_output=True,
             text=True,
         )
@@ -101,7 +111,8 @@ def table(load: Load, measured: Measured) -> Table:
     made = Table(
         title=f"{load.name}: {load.requests} requests of {load.prompt} + {load.generated} tokens, a cache for "
         f"{load.cache_tokens} tokens; {shape.num_hidden_layers} layers of {shape.hidden_size}, "
-        f"{shape.num_attention_heads} heads on {shape.num_key_value_heads} of {shape.head_dim}, {load.dtype}; "
+        f"{shape.num_attention_heads} heads on {shape.num_key_value_heads} of {shape.head_dim}, {load.dtype}, "
+        f"{'compiled' if load.is_compiled else 'eager'}; "
         f"medians of {len(next(iter(measured.values())))}",
     )
     made.add_column("")

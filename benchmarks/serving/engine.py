@@ -33,6 +33,7 @@ def main(asked: str, answer: str) -> None:
             # One is never given out.
             num_gpu_blocks_override=-(-job["cache_tokens"] // BLOCK) + 1,
             enable_prefix_caching=False,
+            enforce_eager=not job["is_compiled"],
             **options,
         )
         warm_up(llm, job)

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from defensivekv.attention import native_pages
+from defensivekv.attention import native_pages, triton
 from defensivekv.attention.reference import masked_attention
 from defensivekv.cache import PageLayout, PageTable
 
@@ -30,6 +30,10 @@ def attend_pages(
     """
     if native_pages.supports(queries, pages):
         return native_pages.read(queries, pages, layout, layer, table, starts, scaling)
+    if queries.is_cuda and triton.supports(queries, pages, pages):
+        from defensivekv.kernels.paged_attention import paged_attention
+
+        return paged_attention(queries, pages, layout, layer, table, starts, scaling=scaling)
     return gathered_attention(queries, pages, layout, layer, table, starts, scaling=scaling)
 
 

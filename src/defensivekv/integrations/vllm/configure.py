@@ -12,8 +12,8 @@ from defensivekv.policies.allocation import PerHead, Pyramid
 logger = init_logger("vllm.plugins.defensivekv")
 
 _WORKERS = {
-    "vllm.v1.worker.cpu_worker.CPUWorker": "defensivekv.integrations.vllm.worker.EvictingCPUWorker",
-    "vllm.v1.worker.gpu_worker.Worker": "defensivekv.integrations.vllm.worker.EvictingGPUWorker",
+    "vllm.v1.worker.cpu_worker.CPUWorker": "defensivekv.integrations.vllm.cpu_worker.EvictingCPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "defensivekv.integrations.vllm.gpu_worker.EvictingGPUWorker",
 }
 _CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 _DRAFTERS = ("ngram", "suffix")

@@ -1,4 +1,4 @@
-"""The workers: vLLM's own, whose attention layers store what stays."""
+"""What is ours in the workers, whose attention layers store what stays."""
 
 from typing import Any
 
@@ -6,8 +6,6 @@ from torch import nn
 from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import FullAttentionSpec
-from vllm.v1.worker.cpu_worker import CPUWorker
-from vllm.v1.worker.gpu_worker import Worker
 
 from defensivekv.errors import UnsupportedModelError
 from defensivekv.integrations.projections import find_projection
@@ -18,7 +16,7 @@ from defensivekv.integrations.vllm.plan import EvictionPlan
 
 
 class EvictingWorker:
-    """What a worker does beside vLLM's own; mixed into either."""
+    """What a worker does beside vLLM's own; mixed into that of each platform."""
 
     vllm_config: Any
     model_runner: Any
@@ -103,11 +101,3 @@ class EvictingWorker:
             builder = group.get_metadata_builder()
             assert isinstance(builder, EvictingMetadataBuilder)
             builder.bind(self.model_runner)
-
-
-class EvictingCPUWorker(EvictingWorker, CPUWorker):
-    """On CPUs."""
-
-
-class EvictingGPUWorker(EvictingWorker, Worker):
-    """On CUDA."""

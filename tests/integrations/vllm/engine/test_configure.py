@@ -78,7 +78,7 @@ def test_without_the_option_nothing_is_changed() -> None:
     (plain, evicting), log = configure({"options": None}, {"options": DEFENSIVE})
     assert plain == {"worker": "vllm.v1.worker.cpu_worker.CPUWorker", "prefix_caching": True}
     assert evicting == {
-        "worker": "defensivekv.integrations.vllm.worker.EvictingCPUWorker",
+        "worker": "defensivekv.integrations.vllm.cpu_worker.EvictingCPUWorker",
         "prefix_caching": False,
     }
     assert log.count("prefix caching is switched off") == 1
