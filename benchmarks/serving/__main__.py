@@ -49,9 +49,8 @@ def main(arguments: list[str] | None = None) -> None:
     loads = [load for load in (QUICK if options.quick else FULL) if not options.loads or load.name in options.loads]
     header = describe(torch.device("cpu")) | {"vllm": metadata.version("vllm"), "quick": options.quick}
     console = Console()
-    console.print(
-        f"{ENVIRONMENT}\n{header['device']}, {header['threads']} threads, vLLM {header['vllm']}, commit {header['commit']}"
-    )
+    console.print(str(ENVIRONMENT))
+    console.print(f"{header['device']}, {header['threads']} threads, vLLM {header['vllm']}, commit {header['commit']}")
     results = []
     for load in loads:
         measured: Measured = {way: [] for way in load.ways}
