@@ -16,7 +16,7 @@ from tests.attention.pages import PageCase, PageSizes, Sequence, page_sizes
 from tests.kernels.interpreter import DEVICE, needs_kernels, teach_bfloat16
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-EXAMPLES = 10 if DEVICE.type == "cpu" else 8
+EXAMPLES = 8 if DEVICE.type == "cpu" else 5
 """Each of them is likely to be compiled on a GPU."""
 
 teach_bfloat16()

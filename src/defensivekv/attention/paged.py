@@ -30,7 +30,7 @@ def attend_pages(
     """
     if native_pages.supports(queries, pages):
         return native_pages.read(queries, pages, layout, layer, table, starts, scaling)
-    if queries.is_cuda and triton.supports(queries, pages, pages):
+    if queries.is_cuda and pages.is_contiguous() and triton.supports(queries, pages, pages):
         from defensivekv.kernels.paged_attention import paged_attention
 
         return paged_attention(queries, pages, layout, layer, table, starts, scaling=scaling)
