@@ -7,7 +7,8 @@ the configuration names our worker, and everything else follows from the worker'
     configure    the options and what cannot go with them; names the worker                    where the engine is made
     worker       says which layers' blocks are ours; gives each attention layer our backend    worker processes
     blocks       the cache specification and its manager: how many blocks a request takes      the scheduler's process
-    backend      what a step's requests read and write, once for all layers                    worker processes
+    step         what a step's requests read and write, once for all layers                    worker processes
+    backend      each layer's part of it                                                       worker processes
     reading      prompts: attention over them, scores, what stays                              worker processes
 
 Importing this package does not import vLLM.

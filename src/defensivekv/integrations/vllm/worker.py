@@ -9,10 +9,11 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from defensivekv.errors import UnsupportedModelError
 from defensivekv.integrations.projections import find_projection
-from defensivekv.integrations.vllm.backend import EvictingBackend, EvictingImpl, EvictingMetadataBuilder
+from defensivekv.integrations.vllm.backend import EvictingBackend, EvictingImpl
 from defensivekv.integrations.vllm.blocks import EvictingSpec
 from defensivekv.integrations.vllm.options import KEY, Options
 from defensivekv.integrations.vllm.plan import EvictionPlan
+from defensivekv.integrations.vllm.step import EvictingMetadataBuilder
 
 
 class EvictingWorker:
