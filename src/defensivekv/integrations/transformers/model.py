@@ -15,7 +15,6 @@ from defensivekv.integrations.transformers.attention import attention_forward, a
 
 ATTENTION_NAME = "defensivekv"
 
-
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _previous: "weakref.WeakKeyDictionary[PreTrainedModel, list[tuple[PreTrainedConfig, str | None]]]" = (
     weakref.WeakKeyDictionary()

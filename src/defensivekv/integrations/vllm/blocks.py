@@ -72,7 +72,6 @@ class _Request:
     prompt: int
     chunked: int = 0
     is_read: bool = False
-    is_trimmed: bool = False
 
 
 class EvictingManager(FullAttentionManager):
@@ -117,8 +116,9 @@ class EvictingManager(FullAttentionManager):
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
         """Learns how long a request's prompt is, before it is given blocks."""
-        assert num_prompt_tokens is not None
-        self._requests.setdefault(request_id, _Request(num_prompt_tokens))
+        if request_id not in self._requests:
+            assert num_prompt_tokens is not None
+            self._requests[request_id] = _Request(num_prompt_tokens)
 
     def get_num_blocks_to_allocate(
         self,
@@ -168,8 +168,7 @@ class EvictingManager(FullAttentionManager):
         """
         for request_id in self._to_trim:
             request = self._requests.get(request_id)
-            if request is not None and request.is_read and not request.is_trimmed:
-                request.is_trimmed = True
+            if request is not None:
                 first = int(cdiv(self.plan.slots(request.prompt), self.block_size))
                 self._remove_blocks_in_range(request_id, first, request.chunked)
         self._to_trim.clear()

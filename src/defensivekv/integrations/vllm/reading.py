@@ -114,7 +114,6 @@ class PromptPart:
             every = tuple(range(plan.layers))
             self._competitions = [Competition(plan.policy, every) for _ in range(plan.groups)]
         size = plan.heads // plan.groups
-        decided: list[RaggedPrefix | None] = []
         for group, competition in enumerate(self._competitions):
             heads = slice(group * size, (group + 1) * size)
             scored = plan.policy.score(
@@ -125,12 +124,11 @@ class PromptPart:
             )
             going = competition.add(layer, scored, [share])
             own = going.pop(layer, None)
-            everything = torch.ones(1, *keys[heads].shape[:2], dtype=torch.bool, device=keys.device)
-            stays = RaggedPrefix.gather(keys[heads][None], values[heads][None], everything if own is None else own)
+            if own is None:
+                own = torch.ones_like(scored.scores, dtype=torch.bool)
+            self._held[layer, group] = RaggedPrefix.gather(keys[heads][None], values[heads][None], own)
             for number, kept in going.items():
                 self._held[number, group] = shrink(self._held[number, group], kept)
-            self._held[layer, group] = stays
-            decided.append(stays)
         if not plan.packs_layers:
             self._store_layer(layer, 0)
         elif layer == plan.layers - 1:

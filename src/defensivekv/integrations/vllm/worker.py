@@ -14,6 +14,7 @@ from defensivekv.integrations.vllm.blocks import EvictingSpec
 from defensivekv.integrations.vllm.options import KEY, Options
 from defensivekv.integrations.vllm.plan import EvictionPlan
 from defensivekv.integrations.vllm.step import EvictingMetadataBuilder
+from defensivekv.policies import Policy
 
 
 class EvictingWorker:
@@ -28,21 +29,10 @@ class EvictingWorker:
         modules = dict(self.model_runner.get_model().named_modules())
         owners = {id(module): modules.get(name.rpartition(".")[0]) for name, module in modules.items()}
         layers = get_layers_from_vllm_config(self.vllm_config, Attention)
-        for number, (name, layer) in enumerate(layers.items()):
-            layer.impl = EvictingImpl.of(layer, number, self._projection(name, owners.get(id(layer))))
-            layer.attn_backend = EvictingBackend
-
-    def _projection(self, name: str, owner: nn.Module | None) -> nn.Module | None:
         policy = self._options.make_policy()
-        if policy.weighting is None or not policy.weighting.needs_projection:
-            return None
-        projection = None if owner is None else find_projection(owner)
-        if projection is None:
-            raise UnsupportedModelError(
-                f"{name} has no output projection that is known, which policy {policy.name!r} weights values by: use a "
-                "policy without value weighting, such as 'snapkv'"
-            )
-        return projection
+        for number, (name, layer) in enumerate(layers.items()):
+            layer.impl = EvictingImpl.of(layer, number, _projection(policy, name, owners.get(id(layer))))
+            layer.attn_backend = EvictingBackend
 
     @property
     def _options(self) -> Options:
@@ -102,3 +92,16 @@ class EvictingWorker:
             builder = group.get_metadata_builder()
             assert isinstance(builder, EvictingMetadataBuilder)
             builder.bind(self.model_runner)
+
+
+def _projection(policy: Policy, name: str, owner: nn.Module | None) -> nn.Module | None:
+    """The output projection of a layer's module, where the policy asks for it."""
+    if policy.weighting is None or not policy.weighting.needs_projection:
+        return None
+    projection = None if owner is None else find_projection(owner)
+    if projection is None:
+        raise UnsupportedModelError(
+            f"{name} has no output projection that is known, which policy {policy.name!r} weights values by: use a "
+            "policy without value weighting, such as 'snapkv'"
+        )
+    return projection
