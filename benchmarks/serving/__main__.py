@@ -42,7 +42,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Reads the command line and runs."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny shapes: shows that it runs, measures nothing")
-    parser.add_argument("--rounds", type=int, default=3, help="times that every way is run, in turns (default: 3)")
+    parser.add_argument(
+        "--rounds", type=int, default=None, help="times that every way is run (default: the load's own)"
+    )
     parser.add_argument("--loads", nargs="*", default=None, help="decode-step, throughput; none: both")
     parser.add_argument("--output", type=Path, default=RESULTS, help="the JSON file to write")
     options = parser.parse_args(arguments)
@@ -54,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     results = []
     for load in loads:
         measured: Measured = {way: [] for way in load.ways}
-        for _ in range(options.rounds):
+        for _ in range(options.rounds or load.rounds):
             for way in load.ways:
                 with console.status(f"{load.name}, {way}"):
                     measured[way].append(run(load, way))
@@ -62,8 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
         console.print(table(load, measured))
         if load.name == "throughput" and options.output == RESULTS and not options.quick:
             draw(load, measured)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(header | {"results": results}, indent=1) + "\n", encoding="utf-8")
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(header | {"results": results}, indent=1) + "\n", encoding="utf-8")
 
 
 def run(load: Load, way: str) -> dict[str, Any]:

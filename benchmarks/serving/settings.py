@@ -35,7 +35,8 @@ class Load:
     """Requests that are all there at the start, and the cache that they share.
 
     cache_tokens: for as many tokens there is memory; whole blocks of it. ways: of serving, by label; None: stock vLLM.
-    is_compiled: as vLLM does unless told otherwise, which takes minutes at the start of each engine.
+    is_compiled: as vLLM does unless told otherwise, which takes minutes at the start of each engine. rounds: times that
+    every way is run, in turns.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Load:
     ways: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     dtype: str = "bfloat16"
     is_compiled: bool = False
+    rounds: int = 3
 
 
 def _ways(budgets: tuple[float, ...], policy: str = "defensivekv") -> dict[str, dict[str, Any] | None]:
@@ -65,6 +67,7 @@ STEP = Load(
     cache_tokens=8 * 8448,
     ways=_ways((0.2,)),
     is_compiled=True,
+    rounds=2,
 )
 """Eight requests of 8k tokens, all in the cache at once: what a step takes. Four layers of Llama-3.2-1B's shape."""
 
@@ -73,9 +76,9 @@ THROUGHPUT = Load(
     Shape(768, 2048, 12, 12, 4, 64),
     requests=24,
     prompt=2048,
-    generated=256,
-    cache_tokens=4 * 2304,
-    ways=_ways((1.0, 0.5, 0.3, 0.2, 0.1)),
+    generated=512,
+    cache_tokens=4 * 2560,
+    ways=_ways((1.0, 0.5, 0.2, 0.1)),
 )
 """More requests than fit: four without eviction."""
 
