@@ -21,7 +21,7 @@ from rich.table import Table
 
 from benchmarks.serving.settings import FULL, QUICK, Load
 from defensivekv.bench.machine import describe
-from defensivekv.drawing import drawing, panels
+from defensivekv.drawing import add_legend, drawing, panels
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "serving.json"
@@ -126,20 +126,30 @@ def table(load: Load, measured: Measured) -> Table:
 
 
 def draw(load: Load, measured: Measured) -> None:
-    """Throughput and latency over the budget, and stock vLLM's as a line."""
+    """Throughput and latency over the budget, and stock vLLM's as lines across."""
     rows = {way: figures(load, runs) for way, runs in measured.items()}
     budgets = sorted((int(way[:-1]), way) for way in rows if way != "stock")
-    shown = {"tokens/s": "generated tokens a second", "last token, median s": "seconds to the last token, median"}
+    shown = {
+        "generated tokens a second": {"tokens/s": "tokens/s"},
+        "seconds, median request": {"last token": "last token, median s", "first token": "first token, median s"},
+    }
     with drawing():
-        figure, axes = panels(len(shown), below=0.2)
-        for panel, (name, label) in zip(axes, shown.items(), strict=True):
-            panel.plot([share for share, _ in budgets], [rows[way][name] or 0 for _, way in budgets], marker="o")
-            panel.axhline(rows["stock"][name] or 0, color="C7", linestyle="--")
-            panel.annotate("stock vLLM", (100, rows["stock"][name] or 0), ha="right", va="bottom", fontsize=8)
+        figure, axes = panels(len(shown), below=0.5)
+        handles = {}
+        for panel, (label, lines) in zip(axes, shown.items(), strict=True):
+            for number, (line, name) in enumerate(lines.items()):
+                values = [rows[way][name] or 0 for _, way in budgets]
+                (handles[line],) = panel.plot(
+                    [share for share, _ in budgets], values, marker="o", color=f"C{number + len(lines) - 1}"
+                )
+                handles[f"{line}, stock vLLM"] = panel.axhline(
+                    rows["stock"][name] or 0, color=f"C{number + len(lines) - 1}", linestyle="--"
+                )
             panel.set_xlabel("budget (% of the prompt's entries)")
             panel.set_ylabel(label)
-            panel.set_ylim(bottom=0)
+            panel.set_ylim(0, 1.1 * panel.get_ylim()[1])
             panel.grid(alpha=0.3)
+        add_legend(figure, handles, 3)
         figure.suptitle(
             f"{load.requests} requests of {load.prompt} + {load.generated} tokens in a cache for {load.cache_tokens}",
             fontsize=9,
