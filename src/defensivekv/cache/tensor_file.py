@@ -1,0 +1,140 @@
+"""One file of named tensors, mapped instead of read, and checked before it is trusted.
+
+A safetensors file, which anything that reads those reads, with two things of its own:
+
+- data begins at a multiple of 64 bytes, and tensors whose size is one too come first, so that kernels find mapped rows
+  aligned as they find those of a new tensor, and give the same bits;
+- the metadata hold a checksum (xxh3, 128 bits) of each tensor and of the header itself.
+
+Knows no policy, no model and no cache.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from defensivekv.errors import DamagedContextError
+
+ALIGNMENT = 64
+_LENGTH_BYTES = 8
+_MOST_HEADER = 100_000_000
+"""Bytes; what safetensors itself allows."""
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def checksum(tensor: Tensor) -> str:
+    """Of the bytes of a contiguous tensor on the CPU."""
+    return str(xxhash.xxh3_128_hexdigest(_bytes_of(tensor)))
+
+
+def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes tensors, of any device, at the file's current place. One at a time is copied off a GPU.
+
+    metadata: names and texts; "checksums" and "header_checksum" are added.
+    """
+    order = sorted(tensors, key=lambda name: (tensors[name].nbytes % ALIGNMENT != 0, -tensors[name].element_size()))
+    sums = {name: checksum(_on_cpu(tensors[name])) for name in order}
+    entries: dict[str, Any] = {}
+    start = 0
+    for name in order:
+        tensor = tensors[name]
+        offsets = [start, start + tensor.nbytes]
+        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        start += tensor.nbytes
+    entries["__metadata__"] = {**metadata, "checksums": json.dumps(sums, sort_keys=True)}
+    entries["__metadata__"]["header_checksum"] = _header_checksum(entries)
+    header = json.dumps(entries).encode()
+    header += b" " * (-(_LENGTH_BYTES + len(header)) % ALIGNMENT)
+    file.write(struct.pack("<Q", len(header)) + header)
+    for name in order:
+        file.write(_bytes_of(_on_cpu(tensors[name])))
+
+
+def read_header(file: BinaryIO, name: str) -> dict[str, Any]:
+    """The header of a file that is open at its beginning: what it says of each tensor, and "__metadata__".
+
+    name: of the file, for messages. Raises DamagedContextError where it is not one that `write_tensors` wrote.
+    """
+    try:
+        (length,) = struct.unpack("<Q", file.read(_LENGTH_BYTES))
+        if length > _MOST_HEADER:
+            raise ValueError(f"a header of {length} bytes")
+        entries: dict[str, Any] = json.loads(file.read(length).decode())
+        claimed = entries["__metadata__"]["header_checksum"]
+    except (struct.error, ValueError, KeyError, TypeError, RecursionError, MemoryError) as error:
+        raise DamagedContextError(f"{name} is no stored context, or its header is damaged: {error}") from None
+    if claimed != _header_checksum(entries):
+        raise DamagedContextError(f"{name}: the header is damaged: its checksum differs")
+    return entries
+
+
+class TensorFile:
+    """Tensors of a file. Those for the CPU are the file's own pages, mapped: nothing is read before it is used.
+
+    Opening checks the header and the file's size; `verify` what the tensors hold.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            entries = read_header(file, str(path))
+            size = os.fstat(file.fileno()).st_size
+        self.metadata: dict[str, str] = entries.pop("__metadata__")
+        self._sums: dict[str, str] = json.loads(self.metadata["checksums"])
+        self._unverified = set(entries)
+        try:
+            self._tensors = safe_open(path, framework="pt", device="cpu")
+        except (SafetensorError, OSError) as error:
+            raise DamagedContextError(f"{path} ({size} bytes) is cut off or damaged: {error}") from None
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of the tensors."""
+        return frozenset(self._sums)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A tensor on the CPU, mapped. Not to be written to."""
+        tensor: Tensor = self._tensors.get_tensor(name)
+        return tensor
+
+    def verify(self, names: Iterable[str]) -> None:
+        """Reads these tensors and compares checksums, once. Raises DamagedContextError, which names the tensor."""
+        for name in sorted(self._unverified.intersection(names)):
+            if checksum(self[name]) != self._sums.get(name):
+                raise DamagedContextError(f"{self.path}: {name} is damaged: its checksum differs")
+            self._unverified.discard(name)
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    if not tensor.numel():
+        return memoryview(b"")
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def _header_checksum(entries: dict[str, Any]) -> str:
+    metadata = {name: text for name, text in entries["__metadata__"].items() if name != "header_checksum"}
+    return str(xxhash.xxh3_128_hexdigest(json.dumps({**entries, "__metadata__": metadata}, sort_keys=True)))
