@@ -268,12 +268,12 @@ class Policy:
     def _score_row(
         self, row: Observation, share: Fraction, evidence: Evidence | None, with_standing: bool
     ) -> ScoredRow:
-        is_whole = share >= 1 and not self.budget.is_adaptive
-        if is_whole:
+        whole = None
+        if share >= 1 and not self.budget.is_adaptive:
             row.check_finite()
-        whole = torch.full((row.num_heads, row.num_tokens), float("inf"), device=row.keys.device)
-        if is_whole and not with_standing:
-            return ScoredRow(whole)
+            whole = torch.full((row.num_heads, row.num_tokens), float("inf"), device=row.keys.device)
+            if not with_standing:
+                return ScoredRow(whole)
         seen = self._observe(row) if evidence is None else evidence
         measured = None if self.weighting is None else self.weighting.measure(row)
         preference = self.allocation.preference
@@ -281,7 +281,7 @@ class Policy:
         layout = row.row_layout
         staged = self._staged(seen, measured, layout, share) if with_standing or not self.budget.is_adaptive else None
         standing = self._standing(staged, layout, share) if with_standing and staged is not None else None
-        if is_whole:
+        if whole is not None:
             return ScoredRow(whole, asked, standing)
         if staged is None or self.budget.is_adaptive:
             unrated = torch.zeros(row.num_heads, row.num_prompt_tokens, device=row.keys.device)

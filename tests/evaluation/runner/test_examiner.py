@@ -216,25 +216,3 @@ def test_a_store_is_for_documents_read_one_at_a_time() -> None:
     with pytest.raises(InvalidInputError, match="store_max_bytes is for a store"):
         plan_of([SMALL], store_max_bytes="1GiB")
     assert plan_of([SMALL], store="somewhere").rows == 1
-
-
-@pytest.mark.parametrize("in_turns", [False, True])
-def test_a_store_spares_the_reading_and_changes_no_record(tmp_path: Path, in_turns: bool) -> None:
-    loaded, samples = (byte_model(), byte_tokenizer()), [sample(number, in_turns=in_turns) for number in range(3)]
-    plain = records_of(loaded, plan_of([SMALL]), samples)
-    plan = plan_of([SMALL], store=str(tmp_path / "store"))
-    first, again = records_of(loaded, plan, samples), records_of(loaded, plan, samples)
-    assert [record.line() for record in first] == [record.line() for record in plain]
-    assert [record.line() for record in again] == [record.line() for record in plain]
-    assert len(ContextStore(tmp_path / "store").list()) == 3
-    outcomes = [examine(loaded, plan, samples) for _ in range(2)]
-    times = [[outcome.timing.prefill_seconds for outcome in each if outcome.timing] for each in outcomes]
-    assert times[0] == times[1], "the time of the reading that made it"
-
-
-def test_a_store_is_for_documents_read_one_at_a_time() -> None:
-    with pytest.raises(InvalidInputError, match="leave batch_size out"):
-        plan_of([SMALL], store="somewhere", batch_size=2)
-    with pytest.raises(InvalidInputError, match="store_max_bytes is for a store"):
-        plan_of([SMALL], store_max_bytes="1GiB")
-    assert plan_of([SMALL], store="somewhere").rows == 1

@@ -47,7 +47,7 @@ def compress(
     asked = _Asked.of(model, tokenizer, document, policy, budget, template, chunk_size, options)
     enable(model)
     if store is not None:
-        found = store.get(asked.recipe.key(model, tokenizer), model, tokenizer)
+        found = store.get(asked.recipe.key(model, tokenizer), model, tokenizer, policy=asked.cache.policy)
         if found is not None:
             return found
     context = read(model, tokenizer, asked.cache, asked.recipe)

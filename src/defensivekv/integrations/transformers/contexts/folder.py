@@ -119,6 +119,9 @@ class Folder:
                         self._drop(leaving(others, self.max_bytes - size))
                     part.replace(path)
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and self.path.is_dir():
+                # What was to be written is gone.
+                raise
             raise InvalidInputError(f"cannot write to {str(self.path)!r}: {error}") from error
         finally:
             part.unlink(missing_ok=True)
