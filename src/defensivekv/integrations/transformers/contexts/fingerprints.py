@@ -16,7 +16,9 @@ from defensivekv.errors import UnsupportedModelError
 _CHUNK = 2**26
 """Elements that are copied off a GPU at a time."""
 
-_INCIDENTAL = frozenset({"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "eos_token_id"})
+_INCIDENTAL = frozenset(
+    "architectures attn_implementation dtype eos_token_id torch_dtype transformers_version use_cache".split()
+)
 """Entries of a configuration that change no key and no value."""
 
 

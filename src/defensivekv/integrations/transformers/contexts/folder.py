@@ -7,6 +7,7 @@ KEY.kv           whole, always: a file takes that name by being renamed
 The time of a file's last change is that of its last use.
 """
 
+import contextlib
 import os
 import re
 import time
@@ -90,11 +91,9 @@ class Folder:
         return self.path / (check_key(key) + SUFFIX)
 
     def use(self, key: str) -> None:
-        """Notes that a file is used now; nothing where it is gone meanwhile."""
-        try:
+        """Notes that a file is used now; nothing where it is gone meanwhile, or the folder is for reading alone."""
+        with contextlib.suppress(OSError):
             os.utime(self.place(key))
-        except FileNotFoundError:
-            return
 
     def put(self, key: str, write: Callable[[BinaryIO], None]) -> Path:
         """Writes a file whole, in place of one that may be there, and makes room for it.
