@@ -14,7 +14,7 @@ import os
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import xxhash
@@ -42,12 +42,30 @@ _NAMES = {
 }
 
 
+@runtime_checkable
+class Readable(Protocol):
+    """A file that is open, here or elsewhere."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        """The next bytes."""
+        ...
+
+
+@runtime_checkable
+class Writable(Protocol):
+    """A file that is open to be written."""
+
+    def write(self, data: bytes | memoryview, /) -> int:
+        """Adds the bytes."""
+        ...
+
+
 def checksum(tensor: Tensor) -> str:
     """Of the bytes of a contiguous tensor on the CPU."""
     return str(xxhash.xxh3_128_hexdigest(_bytes_of(tensor)))
 
 
-def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(file: Writable, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Writes tensors, of any device, at the file's current place. One at a time is copied off a GPU.
 
     metadata: names and texts; "checksums" and "header_checksum" are added.
@@ -70,7 +88,7 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mappi
         file.write(_bytes_of(_on_cpu(tensors[name])))
 
 
-def read_header(file: BinaryIO, name: str) -> dict[str, Any]:
+def read_header(file: Readable, name: str) -> dict[str, Any]:
     """The header of a file that is open at its beginning: what it says of each tensor, and "__metadata__".
 
     name: of the file, for messages. Raises DamagedContextError where it is not one that `write_tensors` wrote.
@@ -137,4 +155,4 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 def _header_checksum(entries: dict[str, Any]) -> str:
     metadata = {name: text for name, text in entries["__metadata__"].items() if name != "header_checksum"}
-    return str(xxhash.xxh3_128_hexdigest(json.dumps({**entries, "__metadata__": metadata}, sort_keys=True)))
+    return str(xxhash.xxh3_128_hexdigest(json.dumps({**entries, "__metadata__": metadata}, sort_keys=True).encode()))

@@ -29,7 +29,9 @@ def assert_same(one: Context, other: Context, max_new_tokens: int = 12) -> None:
     assert torch.equal(one.document_ids, other.document_ids)
     assert torch.equal(one.cache.lengths, other.cache.lengths)
     assert one.cache.policy == other.cache.policy
-    assert one.report() == other.report()
+    # What a tail has room for, and what a sliding layer keeps alive of its prompt, is no part of a context.
+    for name in ("policy", "budget", "bound", "prompt_tokens", "shares", "full_bytes", "entries_kept", "achieved"):
+        assert getattr(one.report(), name) == getattr(other.report(), name)
     assert one.key == other.key
     for layer in range(len(one.cache.evicted_layers)):
         for head in range(one.cache.lengths.shape[2]):

@@ -28,7 +28,7 @@ def s3_server() -> Iterator[str]:
 @pytest.fixture
 def bucket(s3_server: str) -> Bucket:
     s3fs = pytest.importorskip("s3fs")
-    region = {"region_name": "us-east-1"}
+    region = {"region_name": "eu-west-1"}
     options = {"key": "test", "secret": "test", "endpoint_url": s3_server, "client_kwargs": region}
     name = uuid.uuid4().hex
     s3fs.S3FileSystem(**options).mkdir(name)

@@ -75,14 +75,16 @@ def test_what_is_in_it_is_listed_and_removed(model: PreTrainedModel, store: dkv.
 
 def test_the_least_recently_used_go_beyond_the_limit(model: PreTrainedModel, store: dkv.ContextStore) -> None:
     contexts = [context_of(model, "snapkv", budget=budget) for budget in (0.30, 0.31, 0.32)]
-    keys = [store.put(context) for context in contexts]
+    keys = []
+    for context in contexts:
+        keys.append(store.put(context))
+        _wait(store)
     largest = store.describe(keys[2]).nbytes
-    _wait(store)
     assert store.get(keys[0], model, small_tokenizer())
     assert set(store.prune(2 * largest + 10)) == {keys[1]}
     assert set(store.prune(largest + 10)) == {keys[2]}
     assert keys[0] in store
-    with pytest.raises(dkv.BudgetError, match="no number of bytes"):
+    with pytest.raises(dkv.BudgetError, match="is not understood"):
         store.prune("much")
 
 

@@ -9,6 +9,7 @@ import os
 import random
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -82,8 +83,9 @@ def main() -> None:
                 else:
                     _use(folder, int(words[1]), float(words[2]))
                 status = 0
-            finally:
-                os._exit(status)
+            except BaseException:
+                traceback.print_exc()
+            os._exit(status)
         children.append(child)
         print(child, flush=True)
 

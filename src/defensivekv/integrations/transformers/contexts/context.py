@@ -196,8 +196,10 @@ class Context:
         defaults = {"do_sample": False, "max_new_tokens": max_new_tokens, "cache_implementation": None}
         options = defaults | generate_options
         cache = self.cache.fork(max_entries=max_entries)
-        # generate() makes as many rows of the question, and leaves those of a filled cache to its caller.
-        cache.batch_repeat_interleave(_num_rows(self.model, options))
+        rows = _num_rows(self.model, options)
+        if rows > 1:
+            # generate() makes as many rows of the question, and leaves those of a filled cache to its caller.
+            cache.batch_repeat_interleave(rows)
         start = time.perf_counter()
         output = self.model.generate(ids, attention_mask=torch.ones_like(ids), **{CACHE_ARGUMENT: cache}, **options)
         seconds = time.perf_counter() - start

@@ -11,11 +11,12 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from defensivekv.cache.tensor_file import TensorFile, read_header, write_tensors
+from defensivekv.cache.tensor_file import Readable, TensorFile, Writable, read_header, write_tensors
 from defensivekv.errors import ContextError, DamagedContextError, InvalidInputError
 from defensivekv.folders import whole_file
 from defensivekv.integrations.transformers.cache import EvictingCache
@@ -114,7 +115,7 @@ def save_context(context: Context, path: str | PathLike[str]) -> None:
         write_context(context, file)
 
 
-def write_context(context: Context, file: BinaryIO) -> None:
+def write_context(context: Context, file: Writable) -> None:
     """Writes a context at the beginning of an empty file."""
     recipe, cache = context.recipe, context.cache
     context.verify()
@@ -172,7 +173,7 @@ def file_facts(path: Path) -> ContextFacts:
         return read_facts(file, str(path))
 
 
-def read_facts(file: BinaryIO, name: str) -> ContextFacts:
+def read_facts(file: Readable, name: str) -> ContextFacts:
     """The same of an open file. name: for messages."""
     return _facts(_content(read_header(file, name)["__metadata__"], name))
 

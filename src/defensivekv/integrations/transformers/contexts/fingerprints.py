@@ -84,12 +84,12 @@ def _hash_weights(state: dict[str, Tensor]) -> str:
     seen: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
     for name in sorted(state):
         value = state[name].detach()
-        whole.update(f"{name} {value.dtype} {tuple(value.shape)}")
+        whole.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         # Tied weights have several names.
         place = (value.data_ptr(), tuple(value.shape), value.stride())
         if place not in seen:
             seen[place] = _hash_tensor(value)
-        whole.update(seen[place])
+        whole.update(seen[place].encode())
     return str(whole.hexdigest())
 
 

@@ -84,7 +84,6 @@ class Folder:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InvalidInputError(f"cannot keep contexts in {str(path)!r}: {error}: give another folder") from error
-        self._lock = FileLock(path / ".lock")
 
     def place(self, key: str) -> Path:
         """Where the file of that key is, if it is there."""
@@ -111,7 +110,7 @@ class Folder:
                 os.fsync(file.fileno())
                 size = os.fstat(file.fileno()).st_size
                 check_fits(size, self.max_bytes)
-                with self._lock:
+                with self._locked():
                     self._sweep()
                     if self.max_bytes is not None:
                         others = [one for one in self.held() if one.key != key]
@@ -129,12 +128,12 @@ class Folder:
 
     def remove(self, key: str) -> bool:
         """Whether a file was there, which is gone now. Who has it mapped keeps it."""
-        with self._lock:
+        with self._locked():
             return bool(self._drop([Held(key, 0, 0.0)]))
 
     def prune(self, max_bytes: int | None) -> list[str]:
         """Removes what processes that died left, and the least recently used files beyond `max_bytes`; gives keys."""
-        with self._lock:
+        with self._locked():
             self._sweep()
             return [] if max_bytes is None else self._drop(leaving(self.held(), max_bytes))
 
@@ -150,6 +149,10 @@ class Folder:
                 continue
             found.append(Held(path.stem, stat.st_size, stat.st_mtime))
         return sorted(found, key=lambda one: -one.used)
+
+    def _locked(self) -> FileLock:
+        """For names that come and go. A new one each time: a process that was forked cannot use its parent's."""
+        return FileLock(self.path / ".lock")
 
     def _drop(self, going: list[Held]) -> list[str]:
         gone = []

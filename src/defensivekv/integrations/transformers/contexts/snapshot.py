@@ -134,7 +134,7 @@ def restore(cache: EvictingCache, get: Get, names: frozenset[str], state: State,
         _fill(layer, held, tuple(lengths[place]), state["before"][place])
     for number, stock in state["stock"].items():
         layer = cache.layers[int(number)]
-        if type(layer).__name__ != stock["class"] or vars(layer).keys() != stock["values"].keys():
+        if type(layer).__name__ != stock["class"] or not vars(layer).keys() <= stock["values"].keys():
             raise ContextError(
                 f"layer {number} was kept as transformers' {stock['class']}, which is not what this release of "
                 "transformers makes of it: use the release that the context was made with, or compress it again"
