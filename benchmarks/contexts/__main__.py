@@ -129,7 +129,7 @@ def draw(lengths: Lengths) -> None:
         for number, way in enumerate(ways):
             label = way if way in (TEXT, STOCK) else f"context at {way}"
             seconds = [median(one["seconds"][way]["disk"]) for one in lengths]
-            style = {"color": f"C{number}", "marker": "o", "markersize": 4}
+            style: dict[str, Any] = {"color": f"C{number}", "marker": "o", "markersize": 4}
             (handles[label],) = axes[0].plot(tokens, seconds, **style)
             if way != TEXT:
                 axes[1].plot(tokens, [one["bytes"][way] / 2**20 for one in lengths], **style)

@@ -82,7 +82,8 @@ def main(job: str) -> None:
     """Answers from the file, says so, and tells what it holds once it is asked."""
     asked = json.loads(job)
     fields = asked["settings"]
-    settings = Settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+    read: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    settings = Settings(**read)
     torch.set_num_threads(1)
     model, tokenizer = make_model(settings), make_tokenizer(settings)
     context = dkv.load_context(asked["path"], model, tokenizer)

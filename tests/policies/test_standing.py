@@ -57,7 +57,7 @@ def shrunk(large: Policy, small: Policy, layers: list[Observation]) -> tuple[lis
 def check(name: str, layers: list[Observation], window: int, large: Fraction, small: Fraction) -> bool:
     """Whether the large budget's entries hold the small one's; then those are what is left of them."""
     policies = [policy_of(name, budget, window) for budget in (large, small)]
-    held, left = shrunk(*policies, layers)
+    held, left = shrunk(policies[0], policies[1], layers)
     expected = policies[1].select(layers)
     shares = shares_of(policies[1], layers)
     scores = [

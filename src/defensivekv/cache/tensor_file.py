@@ -132,7 +132,7 @@ class TensorFile:
 
     def __getitem__(self, name: str) -> Tensor:
         """A tensor on the CPU, mapped. Not to be written to."""
-        tensor: Tensor = self._tensors.get_tensor(name)
+        tensor: Tensor = self._tensors.get_tensor(name)  # type: ignore[no-untyped-call]
         return tensor
 
     def verify(self, names: Iterable[str]) -> None:
@@ -150,7 +150,7 @@ def _on_cpu(tensor: Tensor) -> Tensor:
 def _bytes_of(tensor: Tensor) -> memoryview:
     if not tensor.numel():
         return memoryview(b"")
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _header_checksum(entries: dict[str, Any]) -> str:

@@ -74,7 +74,8 @@ def test_writers_killed_at_any_moment_leave_whole_files_alone(tmp_path: Path, wr
 
 
 def test_a_part_that_is_being_written_is_left_alone(tmp_path: Path) -> None:
-    folder, seen = Folder(tmp_path, None), []
+    folder = Folder(tmp_path, None)
+    seen: list[Path] = []
 
     def write(file: object) -> None:
         writes(KEYS[0])(file)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -172,7 +173,7 @@ def test_another_models_context_is_refused(model: PreTrainedModel, store: dkv.Co
 
 def test_what_is_larger_than_the_store_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
     for address in (str(tmp_path / "store"), f"memory://{tmp_path.name}"):
-        copies = {} if "://" not in address else {"copies": tmp_path / "copies"}
+        copies: dict[str, Any] = {} if "://" not in address else {"copies": tmp_path / "copies"}
         with pytest.raises(dkv.InvalidInputError, match="of the whole store: give it a larger max_bytes"):
             dkv.ContextStore(address, "10KiB", **copies).put(context_of(model))
 

@@ -97,7 +97,7 @@ def _hash_tensor(tensor: Tensor) -> str:
     part = xxhash.xxh3_128()
     flat = tensor.contiguous().reshape(-1)
     for start in range(0, flat.numel(), _CHUNK):
-        part.update(memoryview(flat[start : start + _CHUNK].cpu().view(torch.uint8).numpy()))
+        part.update(flat[start : start + _CHUNK].cpu().view(torch.uint8).numpy().data)
     return str(part.hexdigest())
 
 
