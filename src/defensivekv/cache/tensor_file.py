@@ -10,6 +10,7 @@ Knows no policy, no model and no cache.
 """
 
 import json
+import mmap
 import os
 import struct
 from collections.abc import Iterable, Mapping
@@ -18,7 +19,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from defensivekv.errors import DamagedContextError
@@ -40,6 +40,7 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
 @runtime_checkable
@@ -107,33 +108,44 @@ def read_header(file: Readable, name: str) -> dict[str, Any]:
 
 
 class TensorFile:
-    """Tensors of a file. Those for the CPU are the file's own pages, mapped: nothing is read before it is used.
+    """Tensors of a file. On the CPU they are the file's own pages, mapped: nothing is read before it is used.
 
-    Opening checks the header and the file's size; `verify` what the tensors hold.
+    The file is opened once: what takes its name later, or that it is removed, changes nothing. Opening checks the
+    header and the file's size; `verify` what the tensors hold.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with path.open("rb") as file:
-            entries = read_header(file, str(path))
-            size = os.fstat(file.fileno()).st_size
-        self.metadata: dict[str, str] = entries.pop("__metadata__")
+            self._entries = read_header(file, str(path))
+            self.metadata: dict[str, str] = self._entries.pop("__metadata__")
+            self._start, size = file.tell(), os.fstat(file.fileno()).st_size
+            self._check_size(size)
+            # Private: who writes to a tensor by mistake does not write to the file.
+            self._pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self._sums: dict[str, str] = json.loads(self.metadata["checksums"])
-        self._unverified = set(entries)
-        try:
-            self._tensors = safe_open(path, framework="pt", device="cpu")
-        except (SafetensorError, OSError) as error:
-            raise DamagedContextError(f"{path} ({size} bytes) is cut off or damaged: {error}") from None
+        self._unverified = set(self._entries)
+
+    def _check_size(self, size: int) -> None:
+        """Raises DamagedContextError where the data are not as many bytes as the header says."""
+        whole = self._start + max((entry["data_offsets"][1] for entry in self._entries.values()), default=0)
+        if size != whole:
+            raise DamagedContextError(f"{self.path} has {size} bytes in place of {whole}: it was cut off or damaged")
 
     @property
     def names(self) -> frozenset[str]:
         """Of the tensors."""
-        return frozenset(self._sums)
+        return frozenset(self._entries)
 
     def __getitem__(self, name: str) -> Tensor:
         """A tensor on the CPU, mapped. Not to be written to."""
-        tensor: Tensor = self._tensors.get_tensor(name)  # type: ignore[no-untyped-call]
-        return tensor
+        entry = self._entries[name]
+        dtype, shape, (start, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        if start == end:
+            return torch.empty(shape, dtype=dtype)
+        count = (end - start) // dtype.itemsize
+        tensor: Tensor = torch.frombuffer(self._pages, dtype=dtype, count=count, offset=self._start + start)
+        return tensor.view(shape)
 
     def verify(self, names: Iterable[str]) -> None:
         """Reads these tensors and compares checksums, once. Raises DamagedContextError, which names the tensor."""

@@ -64,9 +64,7 @@ def test_a_loaded_context_answers_as_the_one_just_made_bit_for_bit(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "architecture", ["qwen3", "gemma3_text", "gpt_oss", "qwen3_next", "gpt2", "lfm2"]
-)
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma3_text", "gpt_oss", "qwen3_next", "gpt2", "lfm2"])
 def test_layers_of_transformers_own_are_kept_too(tmp_path: Path, architecture: str, dtype: torch.dtype) -> None:
     model = tiny_model(architecture, dtype=dtype)
     made = context_of(model, "defensivekv")

@@ -13,7 +13,7 @@ from benchmarks.contexts.subject import make_model, make_tokenizer
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("contexts")
-    document = Document(make_model(QUICK), make_tokenizer(QUICK), 2000, QUICK, folder)
+    document = Document(make_model(QUICK), make_tokenizer(QUICK), 3800, QUICK, folder)
     return document.files["50%"]
 
 
