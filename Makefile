@@ -6,7 +6,7 @@ VLLM_VENV := .venv-vllm
 PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 PYTEST_ARGUMENTS ?= -n 2
 
-.PHONY: demo test check test-slow test-vllm bench bench-serving gpu train clean help
+.PHONY: demo test check test-slow test-vllm bench bench-contexts bench-serving gpu train clean help
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -30,6 +30,9 @@ check: $(VENV)/.installed-dev ## lint, format, types, import direction
 
 bench: $(VENV)/.installed-dev ## the figures of speed and memory of the README (half an hour; wants a quiet machine)
 	$(VENV)/bin/python -m benchmarks
+
+bench-contexts: $(VENV)/.installed-dev ## time to the first answer from documents kept in files (half an hour, quiet)
+	$(VENV)/bin/python -m benchmarks.contexts
 
 bench-serving: $(VLLM_VENV)/.installed ## throughput and latency inside vLLM, beside vLLM's own cache (half an hour, quiet)
 	$(VLLM_VENV)/bin/python -m benchmarks.serving

@@ -134,7 +134,7 @@ def _ways(model: PreTrainedModel, settings: Settings) -> dict[str, tuple[Callabl
 
 def _without_streaming(cache: dkv.EvictingCache) -> dkv.EvictingCache:
     """The same cache, which evicts nothing before it has seen all layers."""
-    competition = cache._decision._competition
+    competition = cache.decision._competition
     add = Competition.add
 
     def added(*args: Any, **kwargs: Any) -> Any:

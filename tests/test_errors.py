@@ -16,7 +16,7 @@ def test_every_error_is_in_the_one_tree_and_drawn_in_the_docstring(error: type[E
 
 def test_every_error_but_the_base_is_also_what_python_programmers_catch() -> None:
     leaves = set(ERRORS) - {errors.DefensiveKVError}
-    assert len(leaves) == 6
+    assert len(leaves) == 8
     assert all(issubclass(error, ValueError | RuntimeError) for error in leaves)
 
 

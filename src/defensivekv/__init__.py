@@ -10,6 +10,8 @@ from defensivekv.budget import Budget
 from defensivekv.errors import (
     BudgetError,
     CacheError,
+    ContextError,
+    DamagedContextError,
     DefensiveKVError,
     DefensiveKVWarning,
     InvalidInputError,
@@ -21,11 +23,14 @@ from defensivekv.policies import Observation, Policy, policies, policy
 if TYPE_CHECKING:
     from defensivekv.integrations.transformers import (
         Context,
+        ContextStore,
         EvictingCache,
         ReleaseFinished,
         compress,
+        context_key,
         disable,
         enable,
+        load_context,
         prefill,
     )
     from defensivekv.needleworld import demo_model
@@ -35,12 +40,15 @@ __version__ = "0.1.0"
 _TRANSFORMERS = "defensivekv.integrations.transformers"
 _LAZY = {
     "Context": _TRANSFORMERS,
+    "ContextStore": _TRANSFORMERS,
     "EvictingCache": _TRANSFORMERS,
     "ReleaseFinished": _TRANSFORMERS,
     "compress": _TRANSFORMERS,
+    "context_key": _TRANSFORMERS,
     "demo_model": "defensivekv.needleworld",
     "disable": _TRANSFORMERS,
     "enable": _TRANSFORMERS,
+    "load_context": _TRANSFORMERS,
     "prefill": _TRANSFORMERS,
 }
 
@@ -49,6 +57,9 @@ __all__ = [
     "BudgetError",
     "CacheError",
     "Context",
+    "ContextError",
+    "ContextStore",
+    "DamagedContextError",
     "DefensiveKVError",
     "DefensiveKVWarning",
     "EvictingCache",
@@ -60,9 +71,11 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "compress",
+    "context_key",
     "demo_model",
     "disable",
     "enable",
+    "load_context",
     "policies",
     "policy",
     "prefill",

@@ -6,6 +6,8 @@ DefensiveKVError
 ├── InvalidInputError      tensors or prompts that cannot be used (shapes, NaN, no tokens, pads without a mask)
 ├── UnsupportedModelError  a model, layer or weight that this package cannot evict from
 ├── CacheError             a cache used where or when it cannot answer correctly
+├── ContextError           a stored context that another model, tokenizer or dtype made, or that is not there
+│   └── DamagedContextError    one whose file is not what was written
 └── RivalError             another package, measured beside this one, that could not be run
 
 DefensiveKVWarning is the category of every warning.
@@ -34,6 +36,14 @@ class UnsupportedModelError(DefensiveKVError, ValueError):
 
 class CacheError(DefensiveKVError, RuntimeError):
     """A cache used with another model, after `disable`, or cropped into what was evicted."""
+
+
+class ContextError(DefensiveKVError, ValueError):
+    """A stored context that cannot be used here; the message names what differs."""
+
+
+class DamagedContextError(ContextError):
+    """A file of a stored context that is not what was written: cut off, or with a bit that flipped. Named."""
 
 
 class RivalError(DefensiveKVError, RuntimeError):

@@ -1,9 +1,11 @@
 """Folders that runs write to, and files in them."""
 
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -31,9 +33,35 @@ def locked(folder: Path) -> Iterator[None]:
 
 def replace_file(path: Path, text: str) -> None:
     """Writes the file whole, or leaves it as it was."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    with whole_file(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the name once it is whole and on the disk; until then there is what was there before."""
+    part = part_of(path)
+    try:
+        with part.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def part_of(path: Path) -> Path:
+    """A name beside it for what is not whole yet, which nobody else uses."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder last, where the system can."""
+    if os.name == "posix":
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)

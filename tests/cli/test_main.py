@@ -13,7 +13,7 @@ runner = CliRunner()
 def test_help_names_every_command() -> None:
     result = runner.invoke(app, ["--help"])
     assert result.exit_code == 0
-    for command in ("demo", "ask", "policies", "profile", "evaluate"):
+    for command in ("demo", "ask", "compress", "contexts", "policies", "profile", "evaluate"):
         assert command in result.output
 
 

@@ -157,6 +157,23 @@ class RaggedLayer:
         else:
             self.tail = StaticTail.empty(shape, (prefix.keys.shape[-1], prefix.values.shape[-1]), prefix.keys)
 
+    def narrow(self, kept: Kept) -> None:
+        """Evicts from the prefix alone; the tail stays as it is. A prefix of which all stays is shared.
+
+        kept: (b, h, p), of the slots of the prefix, each head's entries in the last of them.
+        """
+        if self.view is None:
+            raise CacheError("only a prefix can be evicted from: run the prompt through the model first")
+        old, rows = self.view.prefix, self.view.rows
+        counts: list[list[int]] = kept.sum(-1).tolist()
+        lengths = tuple(tuple(row) for row in counts)
+        if lengths == tuple(old.lengths[row] for row in rows):
+            return
+        chosen = old.slots(rows)[kept]
+        facts = None if old.facts is None else old.facts[chosen]
+        prefix = RaggedPrefix(old.keys[chosen], old.values[chosen], old.positions[chosen], lengths, facts)
+        self.view = PrefixView(prefix, tuple(range(len(rows))))
+
     def _recompacted(self, view: PrefixView, kept: Kept, facts: Float[Tensor, "b h t f"] | None) -> RaggedPrefix:
         slots, old = view.prefix.slots(view.rows), view.prefix
         start = slots.shape[-1]

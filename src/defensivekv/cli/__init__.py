@@ -8,6 +8,8 @@ from rich.markup import escape
 
 from defensivekv.cli.ask import ask
 from defensivekv.cli.bench import bench
+from defensivekv.cli.compress import compress
+from defensivekv.cli.contexts import app as contexts
 from defensivekv.cli.demo import demo
 from defensivekv.cli.evaluate import evaluate
 from defensivekv.cli.lm_eval import lm_eval
@@ -24,6 +26,8 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(ask)
+app.command()(compress)
+app.add_typer(contexts, name="contexts")
 app.command()(evaluate)
 app.command()(bench)
 app.command()(lm_eval)

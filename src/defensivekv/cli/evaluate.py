@@ -46,6 +46,10 @@ def evaluate(
     split: Annotated[str | None, typer.Option(help="How context and question are divided, where tasks differ.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Documents read at a time.")] = None,
     max_context_tokens: Annotated[int | None, typer.Option(min=2, help="Longer documents lose their middle.")] = None,
+    store: Annotated[
+        str | None, typer.Option(help="Folder or address where compressed documents are kept and found again.")
+    ] = None,
+    store_max_bytes: Annotated[str | None, typer.Option(help="What the store may hold, such as 20GiB.")] = None,
     query_aware: Annotated[
         bool | None, typer.Option("--query-aware", help="Compress with the question in sight.")
     ] = None,
@@ -83,6 +87,8 @@ def evaluate(
         "split": split,
         "batch_size": batch_size,
         "max_context_tokens": max_context_tokens,
+        "store": store,
+        "store_max_bytes": store_max_bytes,
         "query_aware": query_aware,
         "template": template,
         "dtype": dtype,

@@ -8,6 +8,9 @@ from transformers.utils import logging
 from defensivekv.errors import InvalidInputError
 from defensivekv.needleworld import demo_model
 
+PACKAGED = "the packaged model"
+"""What stored contexts call it, wherever it is installed."""
+
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -24,7 +27,7 @@ def load_model(
     logging.disable_progress_bar()
     source = name or demo_model()
     place = find_device(device)
-    with console.status(f"loading {name or 'the packaged model'}"):
+    with console.status(f"loading {name or PACKAGED}"):
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
             model = AutoModelForCausalLM.from_pretrained(
@@ -32,6 +35,8 @@ def load_model(
             )
         except Exception as error:  # broken files fail in many ways
             raise InvalidInputError(f"cannot load {source!r}: {type(error).__name__}: {error}") from error
+    if name is None:
+        model.config._name_or_path = PACKAGED
     return model.to(place).eval(), tokenizer
 
 

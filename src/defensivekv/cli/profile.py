@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from defensivekv.cli.ask import read_document
+from defensivekv.cli.documents import read_document
 from defensivekv.errors import InvalidInputError
 
 

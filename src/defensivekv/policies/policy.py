@@ -6,7 +6,7 @@ from fractions import Fraction
 from math import ceil, floor
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from defensivekv.budget import Budget, entry_bytes
@@ -18,7 +18,8 @@ from defensivekv.policies.layout import Layout
 from defensivekv.policies.observation import Observation
 from defensivekv.policies.scored import LayerKept, ScoredLayer, ScoredRow, entries_of_mass, place_rows
 from defensivekv.policies.scoring import Scorer
-from defensivekv.policies.weighting import Weighting
+from defensivekv.policies.standing import Staged, Standing
+from defensivekv.policies.weighting import StagedWeighting, Weighting
 from defensivekv.types import Kept, SlotScores
 
 SHORT_PROMPT_WINDOWS = 8
@@ -144,26 +145,31 @@ class Policy:
         num_layers: int = 1,
         evidence: Sequence[Evidence] | None = None,
         shares: Sequence[Fraction] | None = None,
+        with_standing: bool = False,
     ) -> ScoredLayer:
         """Scores of one layer's entries. Every row is scored alone.
 
         index: of the layer among the `num_layers` evicted ones, which a budget in bytes is shared among (each layer
         getting an even part). evidence: of each row, where it was observed before; None: of this observation's queries.
-        shares: what each row keeps; None: what the budget says.
+        shares: what each row keeps; None: what the budget says. with_standing: whether the `Standing` of entries is
+        wanted too, of rows that are kept whole as well.
         Raises InvalidInputError where keys, values, queries or scores hold NaN.
         """
         if shares is None:
             shares = self._shares(observation, bytes_per_token(observation) * num_layers)
         given = [None] * len(shares) if evidence is None else evidence
         rows = list(observation.rows())
-        scored = [self._score_row(row, share, seen) for row, share, seen in zip(rows, shares, given, strict=True)]
+        scored = [
+            self._score_row(row, share, seen, with_standing)
+            for row, share, seen in zip(rows, shares, given, strict=True)
+        ]
         return ScoredLayer(
             place_rows([row.scores for row in scored], observation.valid),
             tuple(row.num_prompt_tokens for row in rows),
             tuple(row.preference for row in scored),
             index,
             num_layers,
-            tuple(scored) if self.budget.is_adaptive else (),
+            tuple(scored) if self.budget.is_adaptive or with_standing else (),
         )
 
     def keep(self, layers: Sequence[ScoredLayer], shares: Sequence[Fraction]) -> list[LayerKept]:
@@ -219,7 +225,7 @@ class Policy:
             layout = Layout(row.scores.shape[-1], layer.num_tokens[number])
             there = layer.scores[number, 0] > float("-inf")
             scores[number][:, there] = self.rate(row.evidence, row.measured, layout, share)
-        return replace(layer, scores=scores, rows=())
+        return replace(layer, scores=scores)
 
     def select(self, observations: list[Observation]) -> list[Kept]:
         """What to keep of a prompt: a bool tensor (b, h, t) for each layer's observation.
@@ -259,45 +265,107 @@ class Policy:
             with_means=self.weighting is not None,
         )
 
-    def _score_row(self, row: Observation, share: Fraction, evidence: Evidence | None) -> ScoredRow:
+    def _score_row(
+        self, row: Observation, share: Fraction, evidence: Evidence | None, with_standing: bool
+    ) -> ScoredRow:
+        whole = None
         if share >= 1 and not self.budget.is_adaptive:
             row.check_finite()
-            return ScoredRow(torch.full((row.num_heads, row.num_tokens), float("inf"), device=row.keys.device))
+            whole = torch.full((row.num_heads, row.num_tokens), float("inf"), device=row.keys.device)
+            if not with_standing:
+                return ScoredRow(whole)
         seen = self._observe(row) if evidence is None else evidence
         measured = None if self.weighting is None else self.weighting.measure(row)
         preference = self.allocation.preference
         asked = 1.0 if preference is None or seen.measured is None else preference.finish(seen.measured)
-        if self.budget.is_adaptive:
+        layout = row.row_layout
+        staged = self._staged(seen, measured, layout, share) if with_standing or not self.budget.is_adaptive else None
+        standing = self._standing(staged, layout, share) if with_standing and staged is not None else None
+        if whole is not None:
+            return ScoredRow(whole, asked, standing)
+        if staged is None or self.budget.is_adaptive:
             unrated = torch.zeros(row.num_heads, row.num_prompt_tokens, device=row.keys.device)
             staying = row.num_heads * (row.num_prompt_tokens - seen.num_scored)
-            return ScoredRow(
-                unrated, asked, seen, measured, staying + entries_of_mass(seen.reduced, self.budget.amount)
-            )
-        return ScoredRow(self.rate(seen, measured, row.row_layout, share), asked)
+            needed = staying + entries_of_mass(seen.reduced, self.budget.amount)
+            return ScoredRow(unrated, asked, standing, seen, measured, needed)
+        return ScoredRow(self._in_slots(staged, layout, share), asked, standing)
 
     def rate(self, evidence: Evidence, measured: SlotScores | None, layout: Layout, share: Fraction) -> SlotScores:
         """Scores of one row's slots, from what was seen of them: (h, m), -inf where a slot is empty.
 
         measured: (h, m) what the weighting measured of every entry. share: of the text's entries to keep.
         """
-        scores = evidence.reduced
-        if evidence.num_scored:
-            places = layout.first_positions(evidence.num_scored)
-            scores = self.aggregation.finish(evidence.reduced, evidence.counts, places)
-            if self.weighting is not None and evidence.means is not None:
-                scores = self.weighting(scores, evidence.means, measured, layout, share)
+        return self._in_slots(self._staged(evidence, measured, layout, share), layout, share)
+
+    def stand(self, evidence: Evidence, measured: SlotScores | None, layout: Layout, share: Fraction) -> Standing:
+        """Where each slot stands, for this share and all below it; arguments as of `rate`.
+
+        Of a policy that `check_shrinks` does not refuse.
+        """
+        return self._standing(self._staged(evidence, measured, layout, share), layout, share)
+
+    def _standing(self, staged: Staged, layout: Layout, share: Fraction) -> Standing:
+        scores, ranks = self._in_slots(replace(staged, ranks=None), layout, share), staged.ranks
+        if ranks is not None:
+            padding = (0, layout.num_slots - ranks.shape[-1])
+            ranks = torch.nn.functional.pad(ranks, padding, value=float("inf"))
+            ranks = ranks.masked_fill(self._is_sink(layout, ranks.device), float("inf"))
+        return Standing(scores, ranks, float(staged.top))
+
+    def num_first(self, num_tokens: int, share: Fraction) -> int:
+        """Of each head's entries, those that the weighting lets come first."""
+        if not isinstance(self.weighting, StagedWeighting):
+            return 0
+        return self.weighting.num_first(num_tokens, min(self.num_window, num_tokens), share) or 0
+
+    def check_shrinks(self) -> None:
+        """Raises InvalidInputError where a smaller budget's part cannot be told from what a larger one kept."""
+        weighting = self.weighting
+        if weighting is None or (
+            isinstance(weighting, StagedWeighting) and weighting.num_first(1, 0, Fraction(1)) is not None
+        ):
+            return
+        raise InvalidInputError(
+            f"policy {self.name!r} cannot evict further without the prompt: {type(weighting).__name__} "
+            f"({weighting.description}) weighs by the budget itself; compress the document again"
+        )
+
+    def _staged(self, evidence: Evidence, measured: SlotScores | None, layout: Layout, share: Fraction) -> Staged:
+        """The scores of slots that queries were asked about."""
+        if not evidence.num_scored:
+            return Staged(evidence.reduced)
+        scores = self.aggregation.finish(evidence.reduced, evidence.counts, layout.first_positions(evidence.num_scored))
+        if self.weighting is None or evidence.means is None:
+            return Staged(scores)
+        given = (scores, evidence.means, measured, layout, share)
+        if isinstance(self.weighting, StagedWeighting):
+            count = self.weighting.num_first(layout.num_tokens, layout.num_slots - evidence.num_scored, share)
+            if count is not None:
+                return self.weighting.stage(*given)
+        return Staged(self.weighting(*given))
+
+    def _in_slots(self, staged: Staged, layout: Layout, share: Fraction) -> SlotScores:
+        """The scores of all slots; what always stays scores the most."""
+        window = layout.num_slots - staged.scores.shape[-1]
+        count = 0
+        if staged.ranks is not None:
+            assert isinstance(self.weighting, StagedWeighting)
+            count = self.weighting.num_first(layout.num_tokens, window, share) or 0
+        scores = staged.with_first(count)
         if bool(torch.isnan(scores.sum())):
             raise InvalidInputError("scores hold NaN: the window's attention or the value norms overflowed")
         # -inf is kept for slots without an entry.
         scores = scores.clamp_min(torch.finfo(scores.dtype).min)
         top = float("inf") if self.protect_window else float(scores.max())
-        scores = torch.nn.functional.pad(scores, (0, layout.num_slots - scores.shape[-1]), value=top)
+        scores = torch.nn.functional.pad(scores, (0, window), value=top)
+        scores = scores.masked_fill(self._is_sink(layout, scores.device), top)
+        return scores if layout.absent is None else scores.masked_fill(layout.absent, float("-inf"))
+
+    def _is_sink(self, layout: Layout, device: torch.device) -> Bool[Tensor, "*h m"]:
+        """Slots of the text's first tokens, which stay."""
         if layout.positions is None:
-            scores[:, : self.num_sinks] = top
-            return scores
-        return scores.masked_fill(layout.positions < self.num_sinks, top).masked_fill(
-            layout.positions < 0, float("-inf")
-        )
+            return torch.arange(layout.num_slots, device=device) < self.num_sinks
+        return layout.positions < self.num_sinks
 
 
 def bytes_per_token(observation: Observation) -> int:

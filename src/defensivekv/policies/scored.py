@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from defensivekv.policies.evidence import Evidence
+from defensivekv.policies.standing import LayerStanding, Standing
 from defensivekv.types import HeadScores, LayerScores, SlotScores
 
 LayerKept = Bool[Tensor, "b _ _"]
@@ -19,12 +20,14 @@ LayerKept = Bool[Tensor, "b _ _"]
 class ScoredRow:
     """One row's entries of one layer, scored.
 
-    scores: (h, t). preference: of the layer. evidence, measured: what the scores were made of, where an adaptive budget
-    will have them made again; needed: entries that it asks for, over the heads.
+    scores: (h, t). preference: of the layer. standing: of its entries, where it is wanted. evidence, measured: what the
+    scores were made of, where an adaptive budget will have them made again; needed: entries that it asks for, over the
+    heads.
     """
 
     scores: Float[Tensor, "h t"]
     preference: float = 1.0
+    standing: Standing | None = None
     evidence: Evidence | None = None
     measured: SlotScores | None = None
     needed: int = 0
@@ -36,7 +39,8 @@ class ScoredLayer:
 
     scores: (b, h, t) float32; the higher, the more worth keeping; pads and slots without an entry score -inf, rows
     that are kept whole inf. num_tokens: of each row's text, pads left out. preferences: of each row.
-    index: of the layer among the `num_layers` evicted ones. rows: what an adaptive budget decides on.
+    index: of the layer among the `num_layers` evicted ones. rows: what an adaptive budget decides on, and where the
+    entries stand; empty where neither is wanted.
     """
 
     scores: LayerScores
@@ -45,6 +49,22 @@ class ScoredLayer:
     index: int
     num_layers: int
     rows: tuple[ScoredRow, ...] = ()
+
+    @property
+    def standing(self) -> LayerStanding | None:
+        """What is kept beside the facts of entries; None where no standing was wanted."""
+        rows = [row.standing for row in self.rows]
+        if not rows or None in rows:
+            return None
+        return LayerStanding(tuple(row.top for row in rows if row is not None), self.preferences)
+
+    def facts(self, valid: Bool[Tensor, "b t"] | None) -> Float[Tensor, "b h t f"] | None:
+        """What is kept beside each entry; None where no standing was wanted. valid: False at pads."""
+        rows = [row.standing.facts for row in self.rows if row.standing is not None]
+        if len(rows) < len(self.num_tokens):
+            return None
+        columns = zip(*(row.unbind(-1) for row in rows), strict=True)
+        return torch.stack([place_rows(column, valid) for column in columns], dim=-1)
 
 
 def place_rows(scores: Sequence[Float[Tensor, "h _"]], valid: Bool[Tensor, "b t"] | None) -> LayerScores:

@@ -21,6 +21,7 @@ from defensivekv.policies.evidence import Evidence, observe
 from defensivekv.policies.layout import Layout
 from defensivekv.policies.observation import Observation
 from defensivekv.policies.policy import Policy
+from defensivekv.policies.standing import Standing
 from defensivekv.types import SlotScores
 
 Facts = Float[Tensor, "h m f"]
@@ -132,7 +133,18 @@ class Stepper:
     def rate(self, evidence: Evidence, facts: Facts, layout: Layout, share: Fraction) -> SlotScores:
         """Scores of all slots: (h, m), -inf where one is empty. share: of the text's tokens."""
         measured = facts[..., -1] if self.policy.weighting is not None else None
-        scores = self.policy.rate(evidence, measured, layout, share)
+        return self._protected(self.policy.rate(evidence, measured, layout, share), layout)
+
+    def stand(self, evidence: Evidence, facts: Facts, layout: Layout, share: Fraction) -> Standing:
+        """Where all slots stand, after the last step; as `Policy.stand`."""
+        measured = facts[..., -1] if self.policy.weighting is not None else None
+        standing = self.policy.stand(evidence, measured, layout, share)
+        ranks = standing.ranks
+        if ranks is not None:
+            ranks[:, max(0, layout.num_slots - self.num_protected) :] = float("inf")
+        return replace(standing, scores=self._protected(standing.scores, layout))
+
+    def _protected(self, scores: SlotScores, layout: Layout) -> SlotScores:
         latest = max(0, layout.num_slots - self.num_protected)
         scores[:, latest:] = float("inf")
         if layout.absent is not None:

@@ -15,6 +15,7 @@ from defensivekv.kernels.native import value_norm as native
 from defensivekv.policies.allocation import Contender, PerLayer
 from defensivekv.policies.layout import Layout
 from defensivekv.policies.observation import Observation
+from defensivekv.policies.standing import Staged
 from defensivekv.types import HeadScores, SlotScores
 
 
@@ -57,6 +58,32 @@ class Weighting(Protocol):
         ...
 
 
+@runtime_checkable
+class StagedWeighting(Weighting, Protocol):
+    """One that lets a number of each head's entries come first, of which alone the budget decides.
+
+    What is left for a smaller budget is then known without the entries that are gone; see `standing`.
+    """
+
+    def stage(
+        self,
+        scores: HeadScores,
+        mean_importance: HeadScores,
+        measured: SlotScores | None,
+        layout: Layout,
+        share: Fraction,
+    ) -> Staged:
+        """The two stages; ranks below `num_first` of `share` are known. Arguments as of a `Weighting`."""
+        ...
+
+    def num_first(self, num_tokens: int, window: int, share: Fraction) -> int | None:
+        """Of each head, the entries that come first; None: that is not all that the budget decides.
+
+        num_tokens: of the text. window: entries at its end that stay, unscored.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class TwoStageValueNorm:
     """Value weighting as DefensiveKV uses it (arXiv 2510.13334, appendix; the authors' code decides).
@@ -86,18 +113,31 @@ class TwoStageValueNorm:
         layout: Layout,
         share: Fraction,
     ) -> HeadScores:
+        count = self.num_first(layout.num_tokens, layout.num_slots - scores.shape[-1], share)
+        return self.stage(scores, mean_importance, measured, layout, share).with_first(count)
+
+    def stage(
+        self,
+        scores: HeadScores,
+        mean_importance: HeadScores,
+        measured: SlotScores | None,
+        layout: Layout,
+        share: Fraction,
+    ) -> Staged:
         assert measured is not None
         n = scores.shape[-1]
         window = layout.num_slots - n
         weighted = scores * measured[:, :n]
-        limit = max(0, floor((layout.num_tokens - window) * share - window))
+        limit = self.num_first(layout.num_tokens, window, share)
         bias = mean_importance[:, max(0, n - window) :].sum(-1).mean()
         # A head of which nothing was seen yet has no mass.
         total = mean_importance.sum(-1, keepdim=True).clamp_min(torch.finfo(mean_importance.dtype).tiny)
         ranked, order = mean_importance.topk(min(n, limit), dim=-1)
         is_before = (ranked / total).cumsum(-1) < self.mass - bias
-        pinned = torch.zeros_like(weighted, dtype=torch.bool).scatter_(-1, order, is_before)
-        return torch.where(pinned, weighted.max(), weighted)
+        return Staged.of(weighted, order, weighted.max(), is_before)
+
+    def num_first(self, num_tokens: int, window: int, share: Fraction) -> int:
+        return max(0, floor((num_tokens - window) * share - window))
 
 
 @dataclass(frozen=True)
@@ -131,20 +171,40 @@ class TwoStageCritical:
         layout: Layout,
         share: Fraction,
     ) -> HeadScores:
-        assert measured is not None
-        n = scores.shape[-1]
-        window = layout.num_slots - n
-        weighted = (scores + self.epsilon) * measured[:, :n]
-        top = torch.finfo(weighted.dtype).max
-        if self.head_budgets is None:
-            count = min(n, max(0, floor(layout.num_tokens * share * self.first_stage) - window))
-            return weighted.scatter(-1, scores.topk(count, dim=-1).indices, top)
+        window = layout.num_slots - scores.shape[-1]
+        count = self.num_first(layout.num_tokens, window, share)
+        if count is not None:
+            return self.stage(scores, mean_importance, measured, layout, share).with_first(count)
+        assert self.head_budgets is not None
+        weighted, top = self._weighted(scores, measured), torch.finfo(scores.dtype).max
         padded = torch.nn.functional.pad(scores, (0, window), value=float("inf"))
         budgets = self.head_budgets([Contender(padded, num_tokens=layout.num_tokens)], share)[0].sum(-1)
         for head, budget in enumerate(budgets.tolist()):
             first = max(0, floor(budget * self.first_stage) - window)
             weighted[head, scores[head].topk(first).indices] = top
             weighted[head, weighted[head].topk(max(0, budget - window)).indices] = top
+        return weighted
+
+    def stage(
+        self,
+        scores: HeadScores,
+        mean_importance: HeadScores,
+        measured: SlotScores | None,
+        layout: Layout,
+        share: Fraction,
+    ) -> Staged:
+        count = self.num_first(layout.num_tokens, layout.num_slots - scores.shape[-1], share) or 0
+        order = scores.topk(min(scores.shape[-1], count), dim=-1).indices
+        return Staged.of(self._weighted(scores, measured), order, torch.finfo(scores.dtype).max)
+
+    def num_first(self, num_tokens: int, window: int, share: Fraction) -> int | None:
+        if self.head_budgets is not None:
+            return None
+        return max(0, floor(num_tokens * share * self.first_stage) - window)
+
+    def _weighted(self, scores: HeadScores, measured: SlotScores | None) -> HeadScores:
+        assert measured is not None
+        weighted: HeadScores = (scores + self.epsilon) * measured[:, : scores.shape[-1]]
         return weighted
 
 
@@ -170,8 +230,21 @@ class ValueSize:
         layout: Layout,
         share: Fraction,
     ) -> HeadScores:
+        return self.stage(scores, mean_importance, measured, layout, share).scores
+
+    def stage(
+        self,
+        scores: HeadScores,
+        mean_importance: HeadScores,
+        measured: SlotScores | None,
+        layout: Layout,
+        share: Fraction,
+    ) -> Staged:
         assert measured is not None
-        return (scores + self.epsilon) * measured[:, : scores.shape[-1]]
+        return Staged((scores + self.epsilon) * measured[:, : scores.shape[-1]])
+
+    def num_first(self, num_tokens: int, window: int, share: Fraction) -> int:
+        return 0
 
 
 @dataclass(frozen=True)
@@ -194,10 +267,22 @@ class RecentFirst:
         layout: Layout,
         share: Fraction,
     ) -> HeadScores:
-        n = scores.shape[-1]
-        latest = floor(layout.num_tokens * share * self.part) - (layout.num_slots - n)
-        recent = torch.arange(n, device=scores.device) >= n - latest
-        return scores.masked_fill(recent, torch.finfo(scores.dtype).max)
+        count = self.num_first(layout.num_tokens, layout.num_slots - scores.shape[-1], share)
+        return self.stage(scores, mean_importance, measured, layout, share).with_first(count)
+
+    def stage(
+        self,
+        scores: HeadScores,
+        mean_importance: HeadScores,
+        measured: SlotScores | None,
+        layout: Layout,
+        share: Fraction,
+    ) -> Staged:
+        latest_first = torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device).expand(scores.shape)
+        return Staged.of(scores, latest_first, torch.finfo(scores.dtype).max)
+
+    def num_first(self, num_tokens: int, window: int, share: Fraction) -> int:
+        return max(0, floor(num_tokens * share * self.part) - window)
 
 
 @torch.no_grad()

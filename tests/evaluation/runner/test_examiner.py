@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -5,12 +6,14 @@ import torch
 from transformers import PreTrainedModel
 
 import defensivekv as dkv
+from defensivekv.errors import InvalidInputError
 from defensivekv.evaluation.metrics import METRICS
 from defensivekv.evaluation.runner import examiner as examiner_module
-from defensivekv.evaluation.runner.examiner import Examiner
+from defensivekv.evaluation.runner.examiner import Examiner, Outcome
+from defensivekv.evaluation.runner.plan import RunPlan
 from defensivekv.evaluation.runner.reading import read_prompts
 from defensivekv.evaluation.tasks.sample import Question, Sample, Unreadable
-from defensivekv.integrations.transformers import is_enabled
+from defensivekv.integrations.transformers import ContextStore, is_enabled
 from defensivekv.needleworld import make_sample, score
 from tests.evaluation.runner.samples import (
     byte_model,
@@ -39,7 +42,8 @@ def test_answers_scores_and_bytes_are_those_of_asking_each_compressed_document(p
     assert not is_enabled(model)
     for each, outcome in zip(made, outcomes, strict=True):
         record = outcome.record
-        context = dkv.compress(model, tokenizer, each.document, dkv.policy(policy, 1.0 if policy == "full" else 0.2))
+        made_with = dkv.policy(policy, 1.0 if policy == "full" else 0.2)
+        context = dkv.compress(model, tokenizer, each.document, made_with, keep_scores=False)
         answers = [context.ask(question.text, max_new_tokens=26) for question in each.questions]
         assert record.outputs == answers
         assert record.scores == [score(text, q.answer) for text, q in zip(answers, each.questions, strict=True)]
@@ -192,3 +196,28 @@ def test_a_model_that_cannot_be_evicted_from_is_refused_unless_only_its_full_cac
     assert records_of(loaded, plan_of(["full"]), [sample()])[0].status == "ok"
     with pytest.raises(dkv.UnsupportedModelError):
         Examiner(*loaded, plan_of([SMALL]))
+
+
+@pytest.mark.parametrize("in_turns", [False, True])
+def test_a_store_spares_the_reading_and_changes_no_record(tmp_path: Path, in_turns: bool) -> None:
+    loaded, samples = (byte_model(), byte_tokenizer()), [sample(number, in_turns=in_turns) for number in range(3)]
+    plan = plan_of([SMALL], store=str(tmp_path / "store"))
+
+    def one_by_one(plan: RunPlan) -> list[Outcome]:
+        return [outcome for each in samples for outcome in examine(loaded, plan, [each])]
+
+    plain, first, again = one_by_one(plan_of([SMALL])), one_by_one(plan), one_by_one(plan)
+    assert len(ContextStore(tmp_path / "store").list()) == 3
+    for outcomes in (first, again):
+        assert [outcome.record.line() for outcome in outcomes] == [outcome.record.line() for outcome in plain]
+    times = [[outcome.timing.prefill_seconds for outcome in each if outcome.timing] for each in (first, again)]
+    assert len(times[0]) == 3
+    assert times[0] == times[1], "the time of the reading that made it"
+
+
+def test_a_store_is_for_documents_read_one_at_a_time() -> None:
+    with pytest.raises(InvalidInputError, match="leave batch_size out"):
+        plan_of([SMALL], store="somewhere", batch_size=2)
+    with pytest.raises(InvalidInputError, match="store_max_bytes is for a store"):
+        plan_of([SMALL], store_max_bytes="1GiB")
+    assert plan_of([SMALL], store="somewhere").rows == 1

@@ -3,8 +3,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from defensivekv.errors import InvalidInputError
-from defensivekv.evaluation.runner.protocol import BARE, PLAIN, Prompt, find_wrapping, make_prompt
+from defensivekv.evaluation.runner.protocol import Prompt, make_prompt
 from defensivekv.evaluation.tasks.sample import Question, Sample
+from defensivekv.integrations.transformers.contexts.wrapping import BARE, PLAIN, find_wrapping
 from tests.evaluation.runner.samples import byte_model, byte_tokenizer, plan_of, records_of, sample
 
 SMALL = {"name": "snapkv", "window_size": 8}

@@ -96,7 +96,7 @@ def test_under_a_bound_prompt_turns_and_tokens_are_as_by_the_oracle(
     name: str,
 ) -> None:
     (stock, enabled), across = _models(), name == "layer-defensivekv"
-    options = {"max_entries": max_entries, "interval": interval, "window_size": WINDOW}
+    options: dict[str, Any] = {"max_entries": max_entries, "interval": interval, "window_size": WINDOW}
     cache = dkv.EvictingCache(enabled, name, **options)
     oracle, tail, seen = SteppedModel(stock, WINDOW, sinks=4), 0, 0
     sizes = [first, *(size for turn in turns for size in (turn, *[1] * 15))]
@@ -114,7 +114,7 @@ def test_under_a_bound_prompt_turns_and_tokens_are_as_by_the_oracle(
 @pytest.mark.parametrize("name", STEPPING)
 def test_every_method_reads_exactly_what_it_holds(name: str) -> None:
     stock, enabled = _models()
-    window = {"window_size": 4} if dkv.policy(name, 1.0).scorer.has_window else {}
+    window: dict[str, Any] = {"window_size": 4} if dkv.policy(name, 1.0).scorer.has_window else {}
     cache = dkv.EvictingCache(enabled, name, 0.4, max_entries=72, interval=9, **window)
     cache.expect(150)
     oracle, seen = SteppedModel(stock, 4), 0
@@ -137,7 +137,7 @@ def test_a_padded_batch_in_chunks_and_under_a_bound_is_its_rows_one_at_a_time(
     name: str,
 ) -> None:
     _, enabled = _models()
-    options = {"window_size": 4} if dkv.policy(name, 1.0).scorer.has_window else {}
+    options: dict[str, Any] = {"window_size": 4} if dkv.policy(name, 1.0).scorer.has_window else {}
     lengths, chunks, longest = [100, 61, 20], [48, 32, 20], 100
     rows = [prompt(length + 30, seed=length) for length in lengths]
     ids = torch.cat(

@@ -16,11 +16,12 @@ from defensivekv.evaluation.runner.answering import Answerer, Answers
 from defensivekv.evaluation.runner.cells import Cell
 from defensivekv.evaluation.runner.facts import Facts, find_facts
 from defensivekv.evaluation.runner.plan import RunPlan
-from defensivekv.evaluation.runner.protocol import Prompt, check_room, find_wrapping, make_prompt
+from defensivekv.evaluation.runner.protocol import Prompt, check_room, make_prompt
 from defensivekv.evaluation.runner.reading import AnyCache, Compressed, Read, pad_left, read_prompts
 from defensivekv.evaluation.runner.scribe import Answered, Scribe
 from defensivekv.evaluation.tasks.sample import Sample, Unreadable
-from defensivekv.integrations.transformers import check_supported, disable
+from defensivekv.integrations.transformers import ContextStore, check_supported, disable
+from defensivekv.integrations.transformers.contexts.wrapping import find_wrapping
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Examiner:
         self._wrapping = find_wrapping(tokenizer, plan.template)
         self.facts: Facts = find_facts(model, plan, template=self._wrapping.name)
         self._answerer = Answerer(model, tokenizer)
+        self._store = None if plan.store is None else ContextStore(plan.store, plan.store_max_bytes)
         self._scribe = Scribe(self.facts, plan)
 
     def close(self) -> None:
@@ -181,8 +183,15 @@ class Examiner:
         return compressed, given
 
     def _read(self, cell: Cell, group: list[_Ready], prompts: list[list[int]]) -> Read:
-        suffix = group[0].prompt.wrapping.after
-        return read_prompts(self._model, self.tokenizer, cell.setting, prompts, pad=self._answerer.pad, suffix=suffix)
+        return read_prompts(
+            self._model,
+            self.tokenizer,
+            cell.setting,
+            prompts,
+            pad=self._answerer.pad,
+            wrapping=group[0].prompt.wrapping,
+            store=self._store,
+        )
 
     def _ask(self, cache: AnyCache, ids: Tensor, mask: Tensor, turns: list[list[int]], sample: Sample) -> Answers:
         new_ids, new_mask = pad_left(turns, self._answerer.pad, ids.device)

@@ -13,7 +13,7 @@ from defensivekv.budget import Budget
 from defensivekv.errors import InvalidInputError
 from defensivekv.evaluation.runner.cells import Setting
 from defensivekv.evaluation.tasks.task import TaskOptions
-from defensivekv.integrations.transformers.context import Template
+from defensivekv.integrations.transformers.contexts.wrapping import Template
 from defensivekv.integrations.transformers.prefill import check_chunk_size
 from defensivekv.policies import policy as make_policy
 from defensivekv.policies.steps import check_evicts_in_steps
@@ -117,7 +117,9 @@ class RunPlan(BaseModel):
     tasks: as `make_tasks` takes them. budgets: as `Budget.parse` takes them; 1.0 stands for the policy "full", since
     all policies are the same there. num_samples, lengths, seed, data, split: of `TaskOptions`. batch_size: rows read
     at a time; None: 1, or 8 for the packaged model. max_context_tokens: longer documents lose their middle; None:
-    they are kept, and fail where the model has no room. query_aware: the question is compressed with the document.
+    they are kept, and fail where the model has no room. store, store_max_bytes: a `ContextStore` where compressed
+    documents are looked for and kept, one row at a time; answers do not depend on it. query_aware: the question is
+    compressed with the document.
     template: as of `compress`.
     """
 
@@ -137,13 +139,23 @@ class RunPlan(BaseModel):
     split: str | None = None
     batch_size: Annotated[int, Field(ge=1)] | None = None
     max_context_tokens: Annotated[int, Field(ge=2)] | None = None
+    store: str | None = None
+    store_max_bytes: str | None = None
     query_aware: bool = False
     template: Template = "auto"
+
+    @model_validator(mode="after")
+    def _check_store(self) -> "RunPlan":
+        if self.store is not None and self.rows > 1:
+            raise ValueError("a store keeps documents that were read one at a time: leave batch_size out")
+        if self.store is None and self.store_max_bytes is not None:
+            raise ValueError("store_max_bytes is for a store: name one")
+        return self
 
     @property
     def rows(self) -> int:
         """Rows of a batch, the default resolved."""
-        return self.batch_size or (PACKAGED_BATCH_SIZE if self.model is None else 1)
+        return self.batch_size or (PACKAGED_BATCH_SIZE if self.model is None and self.store is None else 1)
 
     @property
     def task_options(self) -> TaskOptions:

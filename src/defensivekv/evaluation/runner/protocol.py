@@ -8,69 +8,13 @@ Left of the bar is compressed before anything to its right is seen. `before`, `a
 template writes around the user's text. Nothing is put between document and question: the texts of a task hold that.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
 
 from defensivekv.errors import InvalidInputError
 from defensivekv.evaluation.tasks.sample import Question, Sample
-from defensivekv.integrations.transformers.context import Template
-
-_MARKS = ("firstuserturnmark", "firstanswermark", "seconduserturnmark")
-
-
-@dataclass(frozen=True)
-class Wrapping:
-    """What stands around the user's text.
-
-    before: up to it. after: from it to where the model's turn begins. between: from an answer to the next user text;
-    None: the template cannot be cut there. special: whether the tokenizer adds its special tokens.
-    keeps_end: whether the end token that the model generated stays before the next turn; otherwise `between` has it.
-    """
-
-    name: Literal["chat", "plain"]
-    before: str = ""
-    after: str = ""
-    between: str | None = ""
-    special: bool = False
-    keeps_end: bool = True
-
-
-PLAIN = Wrapping("plain", special=True)
-BARE = Wrapping("plain")
-
-
-def find_wrapping(tokenizer: PreTrainedTokenizerBase, template: Template) -> Wrapping:
-    """The wrapping that `template` asks for. Raises InvalidInputError where the tokenizer cannot give it."""
-    if template not in get_args(Template):
-        raise InvalidInputError(f"unknown template {template!r}: use {', '.join(get_args(Template))}")
-    if template == "plain" or (template == "auto" and not tokenizer.chat_template):
-        return PLAIN
-    if not tokenizer.chat_template:
-        raise InvalidInputError("the tokenizer has no chat template: use template 'plain'")
-    user, answer, second = _MARKS
-    pieces = _render(tokenizer, [("user", user)], [user])
-    if pieces is None:
-        raise InvalidInputError("the chat template does not keep the user's text as it is: use template 'plain'")
-    turns = _render(tokenizer, [("user", user), ("assistant", answer), ("user", second)], _MARKS)
-    return Wrapping("chat", pieces[0], pieces[1], None if turns is None else turns[2], keeps_end=False)
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]], marks: Sequence[str]) -> list[str] | None:
-    """The template's text cut at the marks; None where it does not hold each of them once, in order."""
-    messages = [{"role": role, "content": text} for role, text in turns]
-    rest: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    if any(rest.count(mark) != 1 for mark in marks):
-        return None
-    pieces = []
-    for mark in marks:
-        piece, found, rest = rest.partition(mark)
-        if not found:
-            return None
-        pieces.append(piece)
-    return [*pieces, rest]
+from defensivekv.integrations.transformers.contexts.wrapping import BARE, Wrapping
 
 
 @dataclass(frozen=True)

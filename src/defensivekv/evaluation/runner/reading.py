@@ -2,6 +2,8 @@
 
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import floor
 
@@ -12,7 +14,10 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from defensivekv.budget import POSITION_BYTES
 from defensivekv.errors import BudgetError, DefensiveKVWarning
 from defensivekv.evaluation.runner.cells import Setting
-from defensivekv.integrations.transformers import EvictingCache, disable, enable
+from defensivekv.integrations.transformers import ContextStore, EvictingCache, disable, enable
+from defensivekv.integrations.transformers.contexts.compressing import read
+from defensivekv.integrations.transformers.contexts.recipe import Recipe
+from defensivekv.integrations.transformers.contexts.wrapping import PLAIN, Wrapping
 from defensivekv.integrations.transformers.model import plan_layers, text_config
 from defensivekv.integrations.transformers.prefill import masking, prefill
 from defensivekv.integrations.transformers.versions import CACHE_ARGUMENT
@@ -61,11 +66,13 @@ def read_prompts(
     prompts: list[list[int]],
     *,
     pad: int,
-    suffix: str = "",
+    wrapping: Wrapping = PLAIN,
+    store: ContextStore | None = None,
 ) -> Read:
     """Reads prompts, one for each row, and evicts. Leaves the model enabled, or with its own attention for "full".
 
-    suffix: what stands between the user's words and the model's, for policies that have the prompt repeated.
+    wrapping: of the questions, for policies that have the prompt repeated. store: where one prompt alone is looked for
+    first, and put afterwards; its time is that of the reading which made it.
 
     Raises BudgetError where a row holds more entries than its budget allows, and what the cache raises.
     """
@@ -75,12 +82,17 @@ def read_prompts(
     if setting.is_stock:
         disable(model)
         cache: AnyCache = DynamicCache(config=model.config)
+        seconds: float | None = None
         model(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE_ARGUMENT: cache}, **masking(model, mask))
     else:
         enable(model)
-        cache = compress_prompts(model, tokenizer, setting, ids, mask, suffix)
+        cache, seconds = EvictingCache(model, setting.policy), None
+        if store is None or len(prompts) > 1:
+            compress_prompts(model, tokenizer, setting, cache, ids, mask, wrapping.after)
+        else:
+            cache, seconds = _found_or_read(model, tokenizer, setting, cache, ids, wrapping, store)
     synchronize(model)
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - start if seconds is None else seconds
     held = (
         _held_by_evicting(cache, setting.policy)
         if isinstance(cache, EvictingCache)
@@ -93,15 +105,16 @@ def compress_prompts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     setting: Setting,
+    cache: EvictingCache,
     ids: Tensor,
     mask: Tensor,
     suffix: str = "",
-) -> EvictingCache:
-    """The prompts as the policy keeps them, in a cache of the enabled model."""
-    cache = EvictingCache(model, setting.policy)
-    with warnings.catch_warnings():
-        # A prompt that is too short to be compressed is an error here: see `_check_budget`.
-        warnings.filterwarnings("ignore", message=".*kept whole", category=DefensiveKVWarning)
+) -> None:
+    """Reads prompts into an empty cache of the enabled model, which keeps what the policy keeps.
+
+    suffix: what stands between the user's words and the model's, for policies that have the prompt repeated.
+    """
+    with _quiet():
         # Policies that have the prompt repeated refuse pads; the rows are then read one at a time.
         prefill(
             model,
@@ -112,7 +125,33 @@ def compress_prompts(
             suffix=suffix,
             chunk_size=setting.chunk_size,
         )
-    return cache
+
+
+def _found_or_read(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    setting: Setting,
+    cache: EvictingCache,
+    ids: Tensor,
+    wrapping: Wrapping,
+    store: ContextStore,
+) -> tuple[EvictingCache, float]:
+    """The store's cache of one prompt, or the empty one once it has read it; and the seconds of that reading."""
+    recipe = Recipe.of(cache, ids, setting.chunk_size, wrapping)
+    context = store.get(recipe.key(model, tokenizer), model, tokenizer, policy=setting.policy)
+    if context is None:
+        with _quiet():
+            context = read(model, tokenizer, cache, recipe)
+        store.put(context)
+    return context.cache, context.prefill_seconds
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """A prompt that is too short to be compressed is an error here, see `_check_budget`, and no warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*kept whole", category=DefensiveKVWarning)
+        yield
 
 
 def pad_left(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,8 @@
 """The cache that a user passes to `generate()`: reads the prompt whole, keeps what the policy keeps of it."""
 
-import copy
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from defensivekv.integrations.transformers.bound import LayerSizes, bound_of, pa
 from defensivekv.integrations.transformers.checks import (
     announced_prompt,
     check_forward,
+    check_keeps_scores,
     check_model,
     check_positive,
     check_single_reading,
@@ -28,6 +27,7 @@ from defensivekv.integrations.transformers.checks import (
     row_numbers,
 )
 from defensivekv.integrations.transformers.decision import PromptDecision
+from defensivekv.integrations.transformers.forking import forked, put_under
 from defensivekv.integrations.transformers.layer import EvictedLayer, LayerHandoff
 from defensivekv.integrations.transformers.model import (
     check_supported,
@@ -39,12 +39,14 @@ from defensivekv.integrations.transformers.model import (
 from defensivekv.integrations.transformers.pending import Pending
 from defensivekv.integrations.transformers.query_log import QueryLog
 from defensivekv.integrations.transformers.report import CacheReport, LayerReport
-from defensivekv.integrations.transformers.rotary import ModelRotary
+from defensivekv.integrations.transformers.rotary import with_rotary
+from defensivekv.integrations.transformers.shrinking import shrunk
 from defensivekv.integrations.transformers.stepping import Stepping
 from defensivekv.integrations.transformers.stock import has_forgotten, layer_bytes
 from defensivekv.integrations.transformers.texts import Texts
 from defensivekv.policies import Policy
 from defensivekv.policies import policy as make_policy
+from defensivekv.policies.standing import LayerStanding
 
 MANY_TOKENS = 2**20
 """Stands for a model's longest text, where its configuration does not say."""
@@ -68,6 +70,8 @@ class EvictingCache(Cache):
     interval: tokens between two steps of eviction under a bound; 128, or an eighth of the bound, where not given.
     static_tokens: room for this many tokens after the prompt, in buffers that never move, so that decoding steps can
         be compiled: see `docs/performance.md`. Not under a bound. None: buffers grow as needed.
+    keep_scores: keep one or two numbers of four bytes beside each entry, by which `shrink` evicts further ones later.
+        Not under a bound, whose numbers serve its own steps.
 
     Raises UnsupportedModelError, BudgetError, UnknownPolicyError or InvalidInputError at once; CacheError when
     used with another model, or after `disable`. For inference only: gradients do not flow through it.
@@ -83,6 +87,7 @@ class EvictingCache(Cache):
         max_batch_bytes: int | str | None = None,
         interval: int | None = None,
         static_tokens: int | None = None,
+        keep_scores: bool = False,
         **options: Any,
     ) -> None:
         if isinstance(policy, Policy):
@@ -93,6 +98,9 @@ class EvictingCache(Cache):
             is_bounded = max_entries is not None or max_batch_bytes is not None
             self.policy = make_policy(policy, 1.0 if budget is None and is_bounded else budget, **options)
         bound = bound_of(self.policy, max_entries, parse_bytes("max_batch_bytes", max_batch_bytes), interval)
+        if keep_scores:
+            check_keeps_scores(self.policy, is_bounded=bound is not None)
+        self.keeps_scores = keep_scores
         check_supported(model)
         self._config = text_config(model)
         self._plans = plan_layers(self._config)
@@ -112,8 +120,8 @@ class EvictingCache(Cache):
         self._drafting_from = 0
         self.is_broken = False
         """Whether layers of transformers' own have stored tokens of a pass that was refused."""
-        self._decision = PromptDecision(self.policy, self.evicted_layers)
-        self._bound = bound
+        self.decision = PromptDecision(self.policy, self.evicted_layers, keeps_scores=keep_scores)
+        self.bound = bound
         self.stepping = self._new_stepping()
         """Eviction in steps, where the cache is bounded or its prompt comes in chunks; None: of the prompt, once."""
         super().__init__(layers=self._new_layers())
@@ -127,18 +135,30 @@ class EvictingCache(Cache):
         return [EvictedLayer(self, index) if plan.evicted else stock[index] for index, plan in enumerate(self._plans)]
 
     def _new_stepping(self) -> Stepping | None:
-        if self._bound is None:
+        if self.bound is None:
             return None
-        return Stepping(self._bound.stepper.policy, self.evicted_layers, self._bound)
+        return Stepping(self.bound.stepper.policy, self.evicted_layers, self.bound)
 
     @property
     def is_bounded(self) -> bool:
         """Whether there is a bound on all that is held, and not only a budget of the prompt."""
-        return self._bound is not None
+        return self.bound is not None
 
     @property
-    def _texts(self) -> Texts:
-        return self._decision.texts if self.stepping is None else self.stepping.texts
+    def texts(self) -> Texts:
+        """What is known of the texts in the batch."""
+        return self.decision.texts if self.stepping is None else self.stepping.texts
+
+    @property
+    def standings(self) -> dict[int, LayerStanding]:
+        """Of each evicted layer, what was kept beside the scores of its entries; empty where none were."""
+        return self.decision.standings if self.stepping is None else self.stepping.standings
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What the entries of one token of the prompt take in all evicted layers; 0 before the prompt."""
+        sizes = None if self.stepping is None else self.stepping.sizes
+        return self.decision.bytes_per_token if sizes is None else sizes.entries_bytes
 
     def expect(self, num_tokens: int) -> None:
         """Says how long the prompt will be, pads counted, so that it may come in several forward passes.
@@ -151,7 +171,7 @@ class EvictingCache(Cache):
         if self.get_seq_length():
             raise CacheError("the cache holds a prompt already: make a new one, or call reset()")
         if self.stepping is None and not self.policy.budget.is_full:
-            self.stepping = Stepping(self.policy, self.evicted_layers, None)
+            self.stepping = Stepping(self.policy, self.evicted_layers, None, keeps_scores=self.keeps_scores)
         if self.stepping is not None:
             self.stepping.expected = num_tokens
 
@@ -197,7 +217,7 @@ class EvictingCache(Cache):
                 whole = announced_prompt(x)
                 if whole is not None:
                     self.expect(whole)
-        if self.stepping is not None and self._bound is None and not seen and x == self.stepping.expected:
+        if self.stepping is not None and self.bound is None and not seen and x == self.stepping.expected:
             self.stepping = None
         if self.stepping is None:
             if layer.awaits_prompt and x > 1:
@@ -224,7 +244,7 @@ class EvictingCache(Cache):
         """
         if layer.index != self.evicted_layers[0]:
             return
-        valid = self._texts.valid
+        valid = self.texts.valid
         visible = torch.ones_like(hidden)
         if valid is not None:
             known = min(valid.shape[1], hidden.shape[1])
@@ -242,10 +262,12 @@ class EvictingCache(Cache):
         tail = layer.store.tail
         assert tail is not None
         if self.policy.scorer.sees == "prompt":
-            pending = self._with_rotary(pending, layer.index)
+            model = self._model()
+            assert model is not None
+            pending = with_rotary(pending, model, self._plans[layer.index].kind, layer.store.seen)
         observation = pending.observation(tail.keys, tail.values, self.policy)
-        for index, kept in self._decision.add(layer.index, observation, pending.evidence).items():
-            self.layers[index].compact(kept)
+        for index, stays in self.decision.add(layer.index, observation, pending.evidence).items():
+            self.layers[index].compact(stays.kept, stays.facts)
 
     def step(self, layer: EvictedLayer, pending: Pending, log: QueryLog) -> None:
         """Lets the layer's queries be heard, and evicts where that is decided."""
@@ -254,24 +276,11 @@ class EvictingCache(Cache):
         for index, stays in stepping.step(layer.index, layer.store, log, pending).items():
             self.layers[index].compact(stays.kept, stays.facts)
         if layer.index == self.evicted_layers[-1] and not stepping.listens(layer.store.seen):
-            # The prompt is read, and nothing will be evicted any more.
+            # The prompt is read, and nothing will be evicted any more, unless somebody asks for it.
             for evicted in self._evicted:
-                evicted.store.forget_facts()
+                if not self.keeps_scores:
+                    evicted.store.forget_facts()
                 evicted.log = None
-
-    def _with_rotary(self, pending: Pending, index: int) -> Pending:
-        model = self._model()
-        assert model is not None
-        if pending.positions is not None and pending.positions.dim() != 2:
-            # Positions in several dimensions, as of images, have no one rotation.
-            return pending
-        b, t = pending.queries.shape[0], self.layers[index].store.seen
-        positions = torch.arange(t, device=pending.queries.device)[None]
-        if pending.positions is not None:
-            # Drafts that were taken back are counted in what the model was given.
-            positions = pending.positions[..., :t].to(pending.queries.device)
-        rotary = ModelRotary(model, pending.module, self._plans[index].kind, positions.expand(b, -1))
-        return replace(pending, rotary=rotary)
 
     @property
     def awaits_repeats(self) -> bool:
@@ -356,8 +365,8 @@ class EvictingCache(Cache):
 
     def _select_texts(self, index: Tensor) -> None:
         if self.stepping is not None:
-            self.stepping.texts = self.stepping.texts.select_rows(index.tolist())
-        self._decision.texts = self._decision.texts.select_rows(index.tolist())
+            self.stepping.select_rows(index.tolist())
+        self.decision.select_rows(index.tolist())
 
     def release(self, rows: Sequence[int] | Tensor) -> None:
         """Frees what is held of rows that are finished. They stay in the batch, whose tokens they still get.
@@ -371,19 +380,20 @@ class EvictingCache(Cache):
         numbers = row_numbers(rows, max(0, self._evicted[0].batch_size))
         for layer in self._evicted:
             layer.release_rows(numbers)
-        self._decision.texts = self._decision.texts.without(numbers)
+        self.decision.texts = self.decision.texts.without(numbers)
         if self.stepping is not None:
             self.stepping.texts = self.stepping.texts.without(numbers)
 
     @property
     def released(self) -> frozenset[int]:
         """Rows that were released."""
-        return self._texts.released
+        return self.texts.released
 
     def reset(self) -> None:
         """Forgets everything; the cache can take a new prompt."""
         self.outstanding, self.repeats, self._drafting_from, self.is_broken = None, None, 0, False
-        self._decision, self.stepping = PromptDecision(self.policy, self.evicted_layers), self._new_stepping()
+        self.decision = PromptDecision(self.policy, self.evicted_layers, keeps_scores=self.keeps_scores)
+        self.stepping = self._new_stepping()
         # New layers, because what a stock layer's own reset leaves behind differs between releases.
         self.layers = self._new_layers()
 
@@ -396,49 +406,24 @@ class EvictingCache(Cache):
         of its prompt then stays, and what comes after competes for the rest. Raises BudgetError where the bound has
         no room for that.
         """
-        is_underway = self._decision.is_underway or (self.stepping is not None and self.stepping.is_underway)
+        is_underway = self.decision.is_underway or (self.stepping is not None and self.stepping.is_underway)
         if is_underway or any(layer.pending is not None for layer in self._evicted):
             raise CacheError("the cache cannot be forked in the middle of a forward pass")
-        twin = copy.copy(self)
-        twin._decision = self._decision.fork()
-        twin.stepping = None if self.stepping is None else self.stepping.fork()
-        twin.outstanding = None
-        twin.layers = []
-        for index, layer in enumerate(self.layers):
-            if isinstance(layer, EvictedLayer):
-                forked = EvictedLayer(twin, index)
-                forked.store = layer.store.fork()
-                forked.awaits_prompt, forked.is_initialized = layer.awaits_prompt, layer.is_initialized
-                forked.log = None if layer.log is None else layer.log.fork()
-                forked.refresh_reads()
-                twin.layers.append(forked)
-            else:
-                twin.layers.append(copy.deepcopy(layer))
+        twin = forked(self)
         if max_entries is not None or interval is not None:
-            twin._put_under(max_entries, interval)
+            put_under(twin, max_entries, interval)
         return twin
 
-    def _put_under(self, max_entries: int | None, interval: int | None) -> None:
-        """A bound from here on, beside those that there are."""
-        texts, before, first = self._texts, self.stepping, self._evicted[0].store
-        is_read = bool(first.seen) and (before is None or not before.is_reading(first.seen))
-        # What an adaptive budget came to is known, once the prompt was read.
-        is_known = is_read and self.policy.budget.is_adaptive
-        policy = replace(self.policy, budget=Budget.parse(1.0)) if is_known else self.policy
-        bound = self._bound
-        self._bound = bound_of(
-            policy,
-            max_entries if max_entries is not None or bound is None else bound.max_entries,
-            None if bound is None else bound.max_batch_bytes,
-            interval if interval is not None or bound is None else bound.given_interval,
-        )
-        assert self._bound is not None
-        self.stepping = stepping = Stepping(self._bound.stepper.policy, self.evicted_layers, self._bound)
-        stepping.go_on_from(before, texts, first.seen - first.tail_length if bound is None and is_read else 0)
-        for layer in self._evicted:
-            if first.seen and layer.log is None:
-                layer.log = stepping.new_log()
-        self._bound.check_stored(self.lengths.tolist(), first.tail_length, is_pinned=bool(stepping.pinned))
+    def shrink(self, budget: float | int | str | Budget) -> "EvictingCache":
+        """A cache that keeps less of the prompt, decided by the scores that were kept, without the prompt.
+
+        What came after the prompt stays. What is left is what the policy keeps of the whole prompt for that budget,
+        where it was read at once (docs/contexts.md tells of the exceptions). Layers of which nothing goes are shared.
+
+        budget: of the prompt, as for a new cache: a share or a count. Raises BudgetError where the cache holds less
+        than that already, or below the window; CacheError for a cache that kept no scores.
+        """
+        return shrunk(self, budget)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "EvictingCache":
         return self.fork()
@@ -479,13 +464,13 @@ class EvictingCache(Cache):
         """What was asked for, what was kept and what it takes, for each layer and in all."""
         rows = zip(self._plans, self.layers, strict=True)
         layers = tuple(LayerReport.of(index, plan, layer) for index, (plan, layer) in enumerate(rows))
-        texts, sizes = self._texts, None if self.stepping is None else self.stepping.sizes
+        texts = self.texts
         return CacheReport(
             policy=self.policy.name,
             budget=str(self.policy.budget),
-            bound="" if self._bound is None else str(self._bound),
+            bound="" if self.bound is None else str(self.bound),
             layers=layers,
             prompt_tokens=texts.tokens,
             shares=tuple(float(share) for share in texts.shares),
-            full_bytes=sum(texts.tokens) * (self._decision.bytes_per_token if sizes is None else sizes.entries_bytes),
+            full_bytes=sum(texts.tokens) * self.bytes_per_token,
         )

@@ -94,6 +94,16 @@ def _check_fits(layer: EvictedLayer, keys: Tensor, values: Tensor) -> None:
         )
 
 
+def check_keeps_scores(policy: Policy, *, is_bounded: bool) -> None:
+    """Raises InvalidInputError where scores cannot be kept for later."""
+    if is_bounded:
+        raise InvalidInputError(
+            "keep_scores is for caches without a bound: a bounded one evicts as it goes, and fork(max_entries=...) "
+            "puts it under a smaller bound"
+        )
+    policy.check_shrinks()
+
+
 def check_single_reading(policy: Policy) -> None:
     """Raises where a prompt that the policy wants to hear repeated is about to be read once."""
     if policy.reads_twice:

@@ -2,9 +2,10 @@
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from defensivekv.errors import DefensiveKVWarning, InvalidInputError
@@ -13,21 +14,35 @@ from defensivekv.integrations.transformers.texts import Texts
 from defensivekv.policies import Observation, Policy
 from defensivekv.policies.evidence import Evidence
 from defensivekv.policies.policy import bytes_per_token
+from defensivekv.policies.standing import LayerStanding
 from defensivekv.types import Kept, Values
 
 _PAD_RUN = 4
 
 
+@dataclass(frozen=True)
+class Stays:
+    """Of one layer, what stays, and what is known of it; None: as before."""
+
+    kept: Kept
+    facts: Float[Tensor, "b h m f"] | None
+
+
 class PromptDecision:
     """The decision on one prompt.
 
-    texts: the rows of the batch; none before the prompt. bytes_per_token: of all evicted layers together.
+    keeps_scores: whether it is kept where each entry stands, so that further ones can be evicted later.
+    texts: the rows of the batch; none before the prompt. bytes_per_token: of all evicted layers together. standings:
+    of each layer, what is kept beside that of its entries.
     """
 
-    def __init__(self, policy: Policy, layers: tuple[int, ...]) -> None:
+    def __init__(self, policy: Policy, layers: tuple[int, ...], *, keeps_scores: bool = False) -> None:
         self.policy = policy
+        self.keeps_scores = keeps_scores
         self.texts = Texts()
         self.bytes_per_token = 0
+        self.standings: dict[int, LayerStanding] = {}
+        self._facts: dict[int, Float[Tensor, "b h m f"]] = {}
         self._competition = Competition(policy, layers)
 
     @property
@@ -35,7 +50,7 @@ class PromptDecision:
         """Whether scores wait for those of further layers."""
         return self._competition.is_underway
 
-    def add(self, layer: int, observation: Observation, evidence: Sequence[Evidence] | None = None) -> dict[int, Kept]:
+    def add(self, layer: int, observation: Observation, evidence: Sequence[Evidence] | None = None) -> dict[int, Stays]:
         """Scores a layer; gives what stays in the layers from which something goes now.
 
         evidence: of each row, where it was gathered before.
@@ -46,22 +61,38 @@ class PromptDecision:
         size = bytes_per_token(observation) * len(layers)
         rows, self.bytes_per_token = _row_lengths(observation), size
         shares = tuple(self.policy.row_share(tokens, size) for tokens in rows)
+        is_repeated = self.policy.scorer.sees == "reconstruction"
         try:
             scored = self.policy.score(
-                observation, index=layers.index(layer), num_layers=len(layers), evidence=evidence
+                observation,
+                index=layers.index(layer),
+                num_layers=len(layers),
+                evidence=evidence,
+                with_standing=self.keeps_scores and (evidence is not None or not is_repeated),
             )
         except InvalidInputError as error:
             raise InvalidInputError(f"layer {layer}: {error}") from None
+        facts, standing = scored.facts(observation.valid), scored.standing
+        if facts is not None and standing is not None:
+            self._facts[layer], self.standings[layer] = facts, standing
+        if not self.policy.budget.is_adaptive:
+            scored = replace(scored, rows=())
         kept = self._competition.add(layer, scored, shares)
         self.texts = Texts(rows, tuple(self._competition.shares or shares), observation.valid)
         if layer == layers[-1]:
             say_what_is_whole(self.policy, self.texts)
-        return kept
+        return {number: Stays(stays, self._facts.pop(number, None)) for number, stays in kept.items()}
+
+    def select_rows(self, index: Sequence[int]) -> None:
+        """Makes the batch the rows of these numbers, which may repeat."""
+        self.texts = self.texts.select_rows(index)
+        self.standings = {layer: standing.select_rows(index) for layer, standing in self.standings.items()}
 
     def fork(self) -> "PromptDecision":
         """The same decision, to go on by itself."""
-        twin = PromptDecision(self.policy, self._competition.layers)
+        twin = PromptDecision(self.policy, self._competition.layers, keeps_scores=self.keeps_scores)
         twin.texts, twin.bytes_per_token = self.texts, self.bytes_per_token
+        twin.standings = dict(self.standings)
         return twin
 
 

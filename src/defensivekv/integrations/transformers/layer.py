@@ -146,6 +146,11 @@ class EvictedLayer(CacheLayerMixin):
         self.store.compact(kept, facts)
         self.refresh_reads()
 
+    def narrow(self, kept: Kept) -> None:
+        """Evicts from the prefix; see `RaggedLayer.narrow`."""
+        self.store.narrow(kept)
+        self.refresh_reads()
+
     def refresh_reads(self) -> None:
         """After a change of the prefix."""
         tail, view = self.store.static_tail, self.store.view

@@ -4,6 +4,7 @@ import copy
 import inspect
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from defensivekv.errors import UnsupportedModelError
 from defensivekv.integrations.transformers.model import has_dynamic_rotation
+from defensivekv.integrations.transformers.pending import Pending
 
 _UNROTATED_FULL_ATTENTION = ("cohere2", "cohere2_moe", "exaone4", "exaone_moe")
 """Model types that rotate in their sliding-window layers only, which nothing in their full-attention layers tells."""
@@ -113,3 +115,16 @@ class ModelRotary:
             )
         # A copy, since some keep what they were last asked for.
         return copy.deepcopy(next(iter(found.values())))
+
+
+def with_rotary(pending: Pending, model: PreTrainedModel, kind: str, num_tokens: int) -> Pending:
+    """The same with the rotation of a prompt of so many tokens. kind: of the layer."""
+    if pending.positions is not None and pending.positions.dim() != 2:
+        # Positions in several dimensions, as of images, have no one rotation.
+        return pending
+    positions = torch.arange(num_tokens, device=pending.queries.device)[None]
+    if pending.positions is not None:
+        # Drafts that were taken back are counted in what the model was given.
+        positions = pending.positions[..., :num_tokens].to(pending.queries.device)
+    rotary = ModelRotary(model, pending.module, kind, positions.expand(pending.queries.shape[0], -1))
+    return replace(pending, rotary=rotary)

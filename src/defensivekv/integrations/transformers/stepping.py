@@ -5,7 +5,7 @@ rule, and what is kept of both becomes the prefix.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 
 import torch
@@ -16,7 +16,7 @@ from defensivekv.cache import RaggedLayer
 from defensivekv.errors import InvalidInputError
 from defensivekv.integrations.competition import Competition
 from defensivekv.integrations.transformers.bound import Bound, LayerSizes, Limits
-from defensivekv.integrations.transformers.decision import check_pads, say_what_is_whole
+from defensivekv.integrations.transformers.decision import Stays, check_pads, say_what_is_whole
 from defensivekv.integrations.transformers.layer_row import LayerRow
 from defensivekv.integrations.transformers.pending import Pending
 from defensivekv.integrations.transformers.query_log import QueryLog
@@ -24,23 +24,28 @@ from defensivekv.integrations.transformers.texts import Texts
 from defensivekv.policies import Policy
 from defensivekv.policies.evidence import Evidence
 from defensivekv.policies.scored import ScoredLayer
+from defensivekv.policies.standing import LayerStanding
 from defensivekv.policies.steps import Facts, Stepper, check_evicts_in_steps
-from defensivekv.types import Kept
 
 
 class Stepping:
     """Eviction in steps, of one cache.
 
-    bound: what may be held at any moment; None: only the prompt's chunks are evicted from. expected: tokens of the
+    bound: what may be held at any moment; None: only the prompt's chunks are evicted from. keeps_scores, standings: as
+    of `PromptDecision`; kept at the last chunk. expected: tokens of the
     prompt, pads counted; None: whatever comes first. texts: the rows of the batch, as far as they were decided on.
     pinned: tokens of the batch, of whose entries what is held was decided on before this began, and stays.
     """
 
-    def __init__(self, policy: Policy, layers: tuple[int, ...], bound: Bound | None) -> None:
+    def __init__(
+        self, policy: Policy, layers: tuple[int, ...], bound: Bound | None, *, keeps_scores: bool = False
+    ) -> None:
         check_evicts_in_steps(policy)
         self.policy = policy
         self.stepper = Stepper(policy)
         self.bound = bound
+        self.keeps_scores = keeps_scores
+        self.standings: dict[int, LayerStanding] = {}
         self.expected: int | None = None
         self.texts = Texts()
         self.pinned = 0
@@ -53,9 +58,15 @@ class Stepping:
 
     def fork(self) -> "Stepping":
         """The same, to go on by itself."""
-        twin = Stepping(self.policy, self._competition.layers, self.bound)
+        twin = Stepping(self.policy, self._competition.layers, self.bound, keeps_scores=self.keeps_scores)
         twin.go_on_from(self, self.texts, 0)
+        twin.standings = dict(self.standings)
         return twin
+
+    def select_rows(self, index: Sequence[int]) -> None:
+        """Makes the batch the rows of these numbers, which may repeat."""
+        self.texts = self.texts.select_rows(index)
+        self.standings = {layer: standing.select_rows(index) for layer, standing in self.standings.items()}
 
     def go_on_from(self, before: "Stepping | None", texts: Texts, pinned: int) -> None:
         """Takes over what is known of the batch. pinned: see above, where it was not evicted from in steps before."""
@@ -115,7 +126,7 @@ class Stepping:
     # ------------------------------------------------------------------ one step
 
     @torch.no_grad()
-    def step(self, layer: int, store: RaggedLayer, log: QueryLog, pending: Pending) -> dict[int, "Stays"]:
+    def step(self, layer: int, store: RaggedLayer, log: QueryLog, pending: Pending) -> dict[int, Stays]:
         """Hears the queries of a layer; gives what stays in the layers from which something goes now.
 
         pending: of the last forward pass; its `valid` is of the tail.
@@ -131,7 +142,8 @@ class Stepping:
             raise InvalidInputError(f"layer {layer}: {error}") from None
         shares = self._shares(store)
         scores = tail.keys.new_full((b, *tail.keys.shape[1:2], store.num_slots), float("-inf"), dtype=torch.float32)
-        facts = tail.keys.new_zeros(*scores.shape, self.stepper.num_facts, dtype=torch.float32)
+        is_last = self.keeps_scores and self.is_reading(store.seen - tail.used) and not self.is_reading(store.seen)
+        facts, tops = tail.keys.new_zeros(*scores.shape, 0, dtype=torch.float32), [0.0] * b
         for number, heard in enumerate(rows):
             if heard is None:
                 continue
@@ -139,7 +151,15 @@ class Stepping:
             rated = self.stepper.rate(evidence, known, row.layout, shares[number])
             if self.pinned:
                 rated.masked_fill_(row.pinned(self.pinned), float("inf"))
+            if is_last:
+                # No step comes after this one: what is known from now on is where entries stand.
+                standing = self.stepper.stand(evidence, known, row.layout, shares[number])
+                known, tops[number] = standing.facts, standing.top
+            if facts.shape[-1] != known.shape[-1]:
+                facts = facts.new_zeros(*scores.shape, known.shape[-1])
             scores[number][:, row.places], facts[number][:, row.places] = rated, known
+        if is_last:
+            self.standings[layer] = LayerStanding(tuple(tops), (1.0,) * b)
         tokens, count = self._grown.tokens, len(layers)
         scored = ScoredLayer(scores, tokens, (1.0,) * b, index, count)
         self._facts[layer] = facts
@@ -212,11 +232,3 @@ class Stepping:
         evidence = one.hear(self.stepper, queries, facts, pending)
         self.stepper.record(evidence, facts)
         return one, facts, evidence
-
-
-@dataclass(frozen=True)
-class Stays:
-    """Of one layer, what stays, and what is known of it; None: as before."""
-
-    kept: Kept
-    facts: Float[Tensor, "b h m f"] | None

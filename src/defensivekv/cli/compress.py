@@ -1,0 +1,60 @@
+"""`defensivekv compress`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from defensivekv.budget import format_bytes
+from defensivekv.cli.documents import CONTEXT_SUFFIX, Asked, open_store, print_context
+from defensivekv.cli.options import (
+    BudgetText,
+    ChunkSize,
+    Device,
+    Dtype,
+    MaxEntries,
+    ModelName,
+    PolicyName,
+    StoreAddress,
+    StoreBytes,
+    TemplateName,
+    TrustRemoteCode,
+)
+from defensivekv.errors import InvalidInputError
+
+
+def compress(
+    model: ModelName = None,
+    context: Annotated[str, typer.Option(help="Text file with the document; '-' reads standard input.")] = "",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write, whose name ends in .kv.")
+    ] = None,
+    policy: PolicyName = None,
+    budget: BudgetText = None,
+    max_entries: MaxEntries = None,
+    chunk_size: ChunkSize = None,
+    store: StoreAddress = None,
+    store_max_bytes: StoreBytes = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    template: TemplateName = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Compress a document once and keep it, in a file or a store, for `ask --context` and `ask --store`."""
+    console = Console()
+    if output is None and store is None:
+        raise InvalidInputError("nowhere to keep it: give -o book.kv, or --store FOLDER")
+    if output is not None and output.suffix != CONTEXT_SUFFIX:
+        raise InvalidInputError(f"the file {str(output)!r} must end in {CONTEXT_SUFFIX}, by which `ask` knows it")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise InvalidInputError(f"no folder {str(output.absolute().parent)!r} to write {output.name} to: make it first")
+    asked = Asked(model, policy, budget, max_entries, chunk_size, dtype, device, template, trust_remote_code)
+    compressed = asked.compress(context, open_store(store, store_max_bytes), console)
+    print_context(compressed, console)
+    if output is not None:
+        compressed.save(output)
+        console.print(f"file       {escape(str(output))}, {format_bytes(output.stat().st_size)}", highlight=False)
+    if store is not None:
+        console.print(f"store      {escape(store)}, key {compressed.key}", highlight=False)
