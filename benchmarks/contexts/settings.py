@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.settings import QUICK as SMALL
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -40,14 +42,5 @@ QUICK = Settings(
     forks=32,
     sharing=512,
     dtype="float32",
-    model=(
-        ("hidden_size", 64),
-        ("intermediate_size", 128),
-        ("num_hidden_layers", 2),
-        ("num_attention_heads", 4),
-        ("num_key_value_heads", 2),
-        ("head_dim", 16),
-        ("vocab_size", 256),
-        ("max_position_embeddings", 4096),
-    ),
+    model=SMALL.model,
 )

@@ -84,8 +84,23 @@ class StagedWeighting(Weighting, Protocol):
         ...
 
 
+class _InStages:
+    """A `StagedWeighting` of which `stage` and `num_first` are all there is to say."""
+
+    def __call__(
+        self: StagedWeighting,
+        scores: HeadScores,
+        mean_importance: HeadScores,
+        measured: SlotScores | None,
+        layout: Layout,
+        share: Fraction,
+    ) -> HeadScores:
+        count = self.num_first(layout.num_tokens, layout.num_slots - scores.shape[-1], share)
+        return self.stage(scores, mean_importance, measured, layout, share).with_first(count or 0)
+
+
 @dataclass(frozen=True)
-class TwoStageValueNorm:
+class TwoStageValueNorm(_InStages):
     """Value weighting as DefensiveKV uses it (arXiv 2510.13334, appendix; the authors' code decides).
 
     Scores are multiplied by the value norm, divided for each token by its sum over heads. Then the entries
@@ -104,17 +119,6 @@ class TwoStageValueNorm:
         norms = value_norms(row)
         # A token whose values are all zero has no norm to divide by, and nothing to lose.
         return norms.div_(norms.sum(0, keepdim=True).clamp_min(torch.finfo(norms.dtype).tiny))
-
-    def __call__(
-        self,
-        scores: HeadScores,
-        mean_importance: HeadScores,
-        measured: SlotScores | None,
-        layout: Layout,
-        share: Fraction,
-    ) -> HeadScores:
-        count = self.num_first(layout.num_tokens, layout.num_slots - scores.shape[-1], share)
-        return self.stage(scores, mean_importance, measured, layout, share).with_first(count)
 
     def stage(
         self,
@@ -209,7 +213,7 @@ class TwoStageCritical:
 
 
 @dataclass(frozen=True)
-class ValueSize:
+class ValueSize(_InStages):
     """`(score + epsilon) * ‖v‖₂`, without the output projection (Expected Attention, arXiv 2510.00636)."""
 
     epsilon: float = 0.0
@@ -221,16 +225,6 @@ class ValueSize:
         """Sizes of the values."""
         size: SlotScores = row.values[0].float().norm(dim=-1)
         return size
-
-    def __call__(
-        self,
-        scores: HeadScores,
-        mean_importance: HeadScores,
-        measured: SlotScores | None,
-        layout: Layout,
-        share: Fraction,
-    ) -> HeadScores:
-        return self.stage(scores, mean_importance, measured, layout, share).scores
 
     def stage(
         self,
@@ -248,7 +242,7 @@ class ValueSize:
 
 
 @dataclass(frozen=True)
-class RecentFirst:
+class RecentFirst(_InStages):
     """A part of each head's budget goes to its latest entries (H2O, arXiv 2306.14048, section 4: one half)."""
 
     part: Fraction = Fraction(1, 2)
@@ -258,17 +252,6 @@ class RecentFirst:
 
     def measure(self, row: Observation) -> None:
         """Nothing."""
-
-    def __call__(
-        self,
-        scores: HeadScores,
-        mean_importance: HeadScores,
-        measured: SlotScores | None,
-        layout: Layout,
-        share: Fraction,
-    ) -> HeadScores:
-        count = self.num_first(layout.num_tokens, layout.num_slots - scores.shape[-1], share)
-        return self.stage(scores, mean_importance, measured, layout, share).with_first(count)
 
     def stage(
         self,
