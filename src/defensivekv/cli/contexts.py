@@ -38,7 +38,7 @@ def list_contexts(store: StoreAddress = None) -> None:
     console, entries = Console(), _store(store).list()
     table = Table(box=None, pad_edge=False)
     for name in ("key", "policy", "budget", "model", "last used"):
-        table.add_column(name, no_wrap=name == "key")
+        table.add_column(name, no_wrap=name == "key", overflow="fold")
     for name in ("tokens", "size"):
         table.add_column(name, justify="right")
     for entry in entries:
