@@ -1,6 +1,7 @@
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,6 +61,10 @@ def test_additional_configuration_of_others_stays(started: list[list[str]]) -> N
         (["--policy", "kvzip"], "cannot be served"),
         (["--additional-config", "{"], "is not JSON"),
         (["--additional-config", '{"defensivekv": {}}'], "without 'defensivekv'"),
+        (["--additional_config", '{"defensivekv": {}}'], "without 'defensivekv'"),
+        (["--additional-conf", '{"x": 1}'], "would take the place of this command's options"),
+        (["--additional_config.x", "1"], "would take the place of this command's options"),
+        (["--budget", ""], "the budget is empty"),
     ],
 )
 def test_bad_options_are_refused_before_anything_starts(
@@ -68,6 +73,25 @@ def test_bad_options_are_refused_before_anything_starts(
     result = runner.invoke(app, ["serve", "m", *arguments])
     assert message in str(result.exception)
     assert not started
+
+
+def test_another_spelling_is_the_same_option(started: list[list[str]]) -> None:
+    assert runner.invoke(app, ["serve", "m", '--additional_config={"other": 1}']).exit_code == 0
+    assert additional(started[0])["other"] == 1
+    assert started[0].count("--additional-config") == 1
+
+
+def test_a_file_of_options_goes_along_unless_it_has_what_this_command_says(
+    started: list[list[str]], tmp_path: Path
+) -> None:
+    path = tmp_path / "options.yaml"
+    path.write_text("port: 8001\n")
+    for given in (["--config", str(path)], [f"--config={path}"]):
+        assert runner.invoke(app, ["serve", "m", *given]).exit_code == 0
+        assert started[-1][-2:] == ["--config", str(path)]
+    path.write_text("additional_config: {x: 1}\n")
+    result = runner.invoke(app, ["serve", "m", "--config", str(path)])
+    assert "has an additional-config, which this command would replace" in str(result.exception)
 
 
 def test_without_vllm_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

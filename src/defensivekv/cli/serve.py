@@ -4,9 +4,11 @@ import json
 import os
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 
 from defensivekv.errors import InvalidInputError
 from defensivekv.integrations.vllm.options import KEY, Options
@@ -14,6 +16,7 @@ from defensivekv.integrations.vllm.versions import check_version
 from defensivekv.needleworld import demo_model
 
 ADDITIONAL = "--additional-config"
+_CONFIG_FILE = "--config"
 
 
 def serve(
@@ -30,7 +33,12 @@ def serve(
         int, typer.Option(min=1, help="Groups of a layer's heads that share a budget each; ranks hold whole groups.")
     ] = 1,
 ) -> None:
-    """Serve a model by vLLM, from evicted caches: `vllm serve` with our option; all other options are vLLM's."""
+    """Serve a model by vLLM, from evicted caches: `vllm serve` with our option; all other options are vLLM's.
+
+    The model comes first, before any option of vLLM's.
+    """
+    if budget is not None and not budget.strip():
+        raise InvalidInputError("the budget is empty: give 0.2, 20% or 1024, or leave it out")
     asked: dict[str, Any] = {
         "policy": policy,
         "budget": budget or (None if policy == "full" else "0.2"),
@@ -56,7 +64,18 @@ def serve_command(model: str, options: dict[str, Any], rest: list[str]) -> list[
     arguments = iter(rest)
     for argument in arguments:
         name, sign, value = argument.partition("=")
-        if name != ADDITIONAL:
+        spelled = name.replace("_", "-")
+        if spelled == _CONFIG_FILE:
+            path = value if sign else next(arguments, "")
+            _check_file(Path(path))
+            others += [_CONFIG_FILE, path]
+            continue
+        if spelled != ADDITIONAL:
+            # vLLM takes parts of names, and names of single values, for the whole.
+            if spelled.startswith(f"{ADDITIONAL}.") or (len(spelled) > 3 and ADDITIONAL.startswith(spelled)):
+                raise InvalidInputError(
+                    f"{name} would take the place of this command's options: give {ADDITIONAL} JSON"
+                )
             others.append(argument)
             continue
         try:
@@ -68,3 +87,17 @@ def serve_command(model: str, options: dict[str, Any], rest: list[str]) -> list[
         given.update(read)
     additional = json.dumps({**given, KEY: options})
     return ["-m", "vllm.entrypoints.cli.main", "serve", model, ADDITIONAL, additional, *others]
+
+
+def _check_file(path: Path) -> None:
+    """Raises InvalidInputError for a file of vLLM's options that this command's would take the place of."""
+    try:
+        read = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        # vLLM says what is wrong with it.
+        return
+    names = [str(name) for name in read] if isinstance(read, dict) else []
+    if any(f"--{name}".replace("_", "-").startswith(ADDITIONAL) for name in names):
+        raise InvalidInputError(
+            f"{str(path)!r} has an additional-config, which this command would replace: give it as {ADDITIONAL} JSON"
+        )

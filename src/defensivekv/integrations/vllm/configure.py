@@ -67,10 +67,16 @@ def _refuse(config: Any, options: Options) -> None:
             raise UnsupportedModelError(
                 f"DefensiveKV does not support {what} inside vLLM: leave either out (docs/serving.md says what goes)"
             )
+    heads = config.model_config.get_total_num_kv_heads()
+    if heads % options.head_groups:
+        raise UnsupportedModelError(
+            f"{heads} key-value heads cannot be shared out among {options.head_groups} head groups: give head_groups a "
+            f"divisor of {heads}"
+        )
     allocation = options.make_policy().allocation
     if ranks > 1 and options.head_groups % ranks and not isinstance(allocation, PerHead | Pyramid):
         raise UnsupportedModelError(
             f"policy {options.policy!r} shares a budget among heads that lie on {ranks} ranks, whose blocks are one "
-            f'number: give "head_groups": {ranks}, so that the heads of each rank share one of their own, or a policy '
-            "that gives every head the same, such as 'snapkv'"
+            f'number: give "head_groups": {ranks} (--head-groups {ranks}), so that the heads of each rank share one of '
+            "their own, or a policy that gives every head the same, such as 'snapkv'"
         )

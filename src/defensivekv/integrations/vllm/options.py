@@ -1,5 +1,6 @@
 """What a deployment asks for, in `--additional-config '{"defensivekv": {...}}'`."""
 
+import difflib
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -47,6 +48,14 @@ class Options(BaseModel):
                 f"{'.'.join(map(str, problem['loc'][:1]))}: {problem['msg']}" for problem in error.errors()
             )
             known = ", ".join(cls.model_fields)
+            near = {
+                found
+                for name in given
+                if str(name) not in cls.model_fields
+                for found in difflib.get_close_matches(str(name), cls.model_fields, n=1)
+            }
+            if near:
+                told += f" (did you mean {' or '.join(map(repr, sorted(near)))}?)"
             raise InvalidInputError(f"additional_config {KEY!r}: {told}; known are {known}, as in {example}") from None
         options.make_policy()
         return options
@@ -61,12 +70,18 @@ class Options(BaseModel):
 
 def check_servable(policy: Policy) -> None:
     """Raises InvalidInputError, with the reason, for a policy that an engine cannot follow."""
+    if policy.budget.is_adaptive or policy.budget.kind == "bytes":
+        why = (
+            "its size is not known when blocks are given out"
+            if policy.budget.is_adaptive
+            else "it bounds all that a sequence ever holds, generated tokens counted, which all stay here"
+        )
+        raise InvalidInputError(
+            f"budget {policy.budget} cannot be served by vLLM: {why}; give a share such as 0.2, or entries per head "
+            "such as 1024"
+        )
     if policy.reads_twice:
         reason = "has every prompt read a second time, which an engine does not do"
-    elif policy.budget.is_adaptive:
-        reason = f"has the budget {policy.budget}, whose size is not known when blocks are given out"
-    elif policy.budget.kind == "bytes":
-        reason = f"has the budget {policy.budget}, a bound on all that a sequence ever holds, generated tokens counted"
     elif policy.scorer.sees not in ("window", "nothing") and not policy.budget.is_full:
         reason = f"scores by {policy.scorer.description}, of which a chunk of the prompt shows a part"
     else:

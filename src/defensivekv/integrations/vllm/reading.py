@@ -62,6 +62,7 @@ class PromptPart:
     blocks: Int[Tensor, " n"]
     _competitions: list[Competition] = field(default_factory=list)
     _held: dict[tuple[int, int], RaggedPrefix] = field(default_factory=dict)
+    _recalled: list[tuple[int, int, RaggedPrefix, Bool[Tensor, "h t"]]] = field(default_factory=list)
 
     def read(self, tokens: LayerTokens) -> None:
         """Attends, then stores the tokens, or decides."""
@@ -81,7 +82,12 @@ class PromptPart:
             return
         first, kept = known
         stays = RaggedPrefix.gather(keys[None], values[None], kept[None].to(keys.device))
-        self._store(tokens.number, first, stays, kept)
+        self._recalled.append((tokens.number, first, stays, kept))
+        # Where layers share pages, those that are still to come have earlier chunks in them.
+        if not (self.plan.packs_layers and self.start) or tokens.number == self.plan.layers - 1:
+            for recalled in self._recalled:
+                self._store(*recalled)
+            self._recalled = []
 
     def _known(self, layer: int) -> tuple[int, Bool[Tensor, "h t"]] | None:
         """Where a layer's kept rows begin and what stays, where nothing needs to be scored for it."""
