@@ -68,9 +68,11 @@ def run(settings: Settings, folder: Path, console: Console) -> dict[str, Any]:
         f"{' and '.join(format_bytes(size) for size in shared['rss'])} of it resident, together they hold "
         f"{format_bytes(sum(shared['pss']))}"
     )
+    own = format_bytes(forks["of their own"])
     console.print(
         f"{forks['forks']} forks that answered, of a context of {format_bytes(forks['prefix'])}: the process grew by "
-        f"{format_bytes(forks['grown'])}, and each layer has {forks['prefixes per layer']:g} prefix"
+        f"{format_bytes(forks['grown'])}, tokens of their own ({own}) counted; each layer has "
+        f"{forks['prefixes per layer']:g} prefix"
     )
     return {
         "fingerprint_s": fingerprint,
@@ -136,6 +138,7 @@ def draw(lengths: Lengths) -> None:
         for axis, name in zip(axes, ("seconds to the first token, file not in memory", "MiB on disk"), strict=True):
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
             axis.set_xticks(tokens, [f"{count:,}" for count in tokens])
             axis.set_xlabel("tokens of the document")
             axis.set_ylabel(name)

@@ -34,9 +34,7 @@ def of_file(path: Path) -> dict[str, int]:
 
 def two_processes(path: Path, settings: Settings) -> dict[str, Any]:
     """Bytes of the file that each of two processes holds once both have answered from it."""
-    job = json.dumps({"path": str(path), "settings": asdict(settings)})
-    command = [sys.executable, "-m", "benchmarks.contexts.sharing", job]
-    processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    processes = [_process("answer", path, settings) for _ in range(2)]
     try:
         for process in processes:
             assert process.stdout is not None
@@ -55,12 +53,25 @@ def two_processes(path: Path, settings: Settings) -> dict[str, Any]:
     return {"file": path.stat().st_size, "rss": [one["Rss"] for one in held], "pss": [one["Pss"] for one in held]}
 
 
+def _process(what: str, path: Path, settings: Settings) -> "subprocess.Popen[str]":
+    job = json.dumps({"what": what, "path": str(path), "settings": asdict(settings)})
+    command = [sys.executable, "-m", "benchmarks.contexts.sharing", job]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
 def many_forks(path: Path, settings: Settings) -> dict[str, Any]:
-    """How much a process grows by as many forks, each of which has answered a question and is kept."""
+    """How much a new process grows by as many forks, each of which has answered a question and is kept."""
+    told, _ = _process("fork", path, settings).communicate()
+    found: dict[str, Any] = json.loads(told)
+    return found
+
+
+def _fork(path: Path, settings: Settings) -> dict[str, Any]:
     model, tokenizer = make_model(settings), make_tokenizer(settings)
     context = dkv.load_context(path, model, tokenizer)
     question = text(settings.question, settings, seed=1)
     _, first = context.turn(question, max_new_tokens=2)
+    own = first.cache.nbytes - context.cache.nbytes
     gc.collect()
     process, kept = psutil.Process(), [first]
     before = process.memory_info().rss
@@ -74,23 +85,27 @@ def many_forks(path: Path, settings: Settings) -> dict[str, Any]:
         "forks": settings.forks,
         "prefix": context.cache.nbytes,
         "grown": grown,
+        "of their own": own * settings.forks,
         "prefixes per layer": len(storages) / len(context.cache.layers),
     }
 
 
 def main(job: str) -> None:
-    """Answers from the file, says so, and tells what it holds once it is asked."""
+    """Does what the job says: tells what forks take, or answers, says so, and tells what it holds once it is asked."""
     asked = json.loads(job)
-    fields = asked["settings"]
+    fields, path = asked["settings"], Path(asked["path"])
     read: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     settings = Settings(**read)
     torch.set_num_threads(1)
+    if asked["what"] == "fork":
+        print(json.dumps(_fork(path, settings)))
+        return
     model, tokenizer = make_model(settings), make_tokenizer(settings)
-    context = dkv.load_context(asked["path"], model, tokenizer)
+    context = dkv.load_context(path, model, tokenizer)
     context.ask(text(settings.question, settings, seed=1), max_new_tokens=2)
     print("answered", flush=True)
     sys.stdin.readline()
-    print(json.dumps(of_file(Path(asked["path"]))), flush=True)
+    print(json.dumps(of_file(path)), flush=True)
     sys.stdin.readline()
 
 
