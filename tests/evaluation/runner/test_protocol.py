@@ -2,7 +2,6 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from defensivekv.errors import InvalidInputError
 from defensivekv.evaluation.runner.protocol import Prompt, make_prompt
 from defensivekv.evaluation.tasks.sample import Question, Sample
 from defensivekv.integrations.transformers.contexts.wrapping import BARE, PLAIN, find_wrapping
@@ -35,13 +34,6 @@ def test_plain_and_bare_prompts_have_no_template_and_bare_ones_no_special_tokens
     assert bare.wrapping is BARE
     assert tokenizer.decode(bare.context) == sample().context
     assert tokenizer.decode(bare.turns[0]) == "what is it?"
-
-
-def test_a_template_that_is_missing_or_loses_the_text_is_refused() -> None:
-    with pytest.raises(InvalidInputError, match="no chat template"):
-        find_wrapping(byte_tokenizer(template=None), "chat")
-    with pytest.raises(InvalidInputError, match="does not keep"):
-        find_wrapping(byte_tokenizer(template="{{ messages[0].content | upper }}"), "auto")
 
 
 def test_long_documents_lose_their_middle_and_the_loss_is_recorded() -> None:

@@ -1,0 +1,35 @@
+import pytest
+
+import defensivekv as dkv
+from defensivekv.integrations.transformers.contexts.wrapping import PLAIN, Wrapping, find_wrapping
+from tests.integrations.transformers.tokenizers import small_tokenizer
+
+CHAT = (
+    "[BOS]{% for m in messages %}{% if m['role'] == 'user' %}[USER]{{ m['content'] }}[END][ASSISTANT]"
+    "{% else %}{{ m['content'] }}[END]{% endif %}{% endfor %}"
+)
+
+
+def test_a_chat_template_is_cut_around_the_users_and_the_models_words() -> None:
+    found = find_wrapping(small_tokenizer(CHAT), "auto")
+    assert found == Wrapping("chat", "[BOS][USER]", "[END][ASSISTANT]", "[END][USER]", keeps_end=False)
+    assert find_wrapping(small_tokenizer(CHAT), "chat") == found
+
+
+def test_without_a_template_words_stand_as_they_are() -> None:
+    assert find_wrapping(small_tokenizer(), "auto") is PLAIN
+    assert find_wrapping(small_tokenizer(CHAT), "plain") is PLAIN
+
+
+def test_a_template_of_one_turn_has_nothing_between_turns() -> None:
+    once = "{{ messages[0]['content'] }}[END]"
+    assert find_wrapping(small_tokenizer(once), "auto") == Wrapping("chat", "", "[END]", None, keeps_end=False)
+
+
+def test_a_template_that_is_missing_unknown_or_loses_the_text_is_refused() -> None:
+    with pytest.raises(dkv.InvalidInputError, match="no chat template"):
+        find_wrapping(small_tokenizer(), "chat")
+    with pytest.raises(dkv.InvalidInputError, match="does not keep"):
+        find_wrapping(small_tokenizer("{{ messages[0].content | upper }}"), "auto")
+    with pytest.raises(dkv.InvalidInputError, match="unknown template 'fancy'"):
+        find_wrapping(small_tokenizer(), "fancy")  # type: ignore[arg-type]
