@@ -169,10 +169,7 @@ class RaggedLayer:
         lengths = tuple(tuple(row) for row in counts)
         if lengths == tuple(old.lengths[row] for row in rows):
             return
-        chosen = old.slots(rows)[kept]
-        facts = None if old.facts is None else old.facts[chosen]
-        prefix = RaggedPrefix(old.keys[chosen], old.values[chosen], old.positions[chosen], lengths, facts)
-        self.view = PrefixView(prefix, tuple(range(len(rows))))
+        self.view = PrefixView(old.take(old.slots(rows)[kept], lengths), tuple(range(len(rows))))
 
     def _recompacted(self, view: PrefixView, kept: Kept, facts: Float[Tensor, "b h t f"] | None) -> RaggedPrefix:
         slots, old = view.prefix.slots(view.rows), view.prefix

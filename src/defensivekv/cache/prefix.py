@@ -71,10 +71,14 @@ class RaggedPrefix:
 
     def select_rows(self, rows: tuple[int, ...]) -> "RaggedPrefix":
         """A copy that holds these rows alone."""
-        index = self.entries_of(rows)
-        lengths = tuple(self.lengths[row] for row in rows)
-        facts = None if self.facts is None else self.facts[index]
-        return RaggedPrefix(self.keys[index], self.values[index], self.positions[index], lengths, facts)
+        return self.take(self.entries_of(rows), tuple(self.lengths[row] for row in rows))
+
+    def take(
+        self, entries: Int[Tensor, " n"] | Bool[Tensor, " s"], lengths: tuple[tuple[int, ...], ...]
+    ) -> "RaggedPrefix":
+        """A copy of these entries alone, by number or as a mask. lengths: of them, lengths[row][head]."""
+        facts = None if self.facts is None else self.facts[entries]
+        return RaggedPrefix(self.keys[entries], self.values[entries], self.positions[entries], lengths, facts)
 
     def slots(self, rows: tuple[int, ...]) -> Int[Tensor, "b h p"]:
         """Numbers of the entries of these rows, those of each head in its last slots; -1 in slots that stay empty."""

@@ -205,9 +205,7 @@ def observation(
 def shrink(held: RaggedPrefix, kept: Bool[Tensor, "1 h p"]) -> RaggedPrefix:
     """Less of what is held. kept: in slots, each head's entries in its last ones."""
     slots = filled_slots(torch.tensor(held.lengths, device=kept.device))
-    stays = kept[slots]
-    lengths = tuple(kept.sum(-1)[0].tolist())
-    return RaggedPrefix(held.keys[stays], held.values[stays], held.positions[stays], (lengths,))
+    return held.take(kept[slots], (tuple(kept.sum(-1)[0].tolist()),))
 
 
 def joined(groups: Sequence[RaggedPrefix]) -> RaggedPrefix:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -119,22 +120,19 @@ class ContextStore:
 
     def list(self) -> "list[StoredContext]":
         """All entries, the most recently used first."""
-        held = self._folder.held() if self._remote is None else self._remote.held()
-        entries = (self._describe(one) for one in held)
+        entries = (self._describe(one) for one in self._held())
         return [entry for entry in entries if entry is not None]
 
     def resolve(self, start: str) -> str:
         """The one key that begins with `start`. Raises InvalidInputError where there is none, or several."""
-        held = self._folder.held() if self._remote is None else self._remote.held()
-        keys = [one.key for one in held if one.key.startswith(start)] if start else []
+        keys = [one.key for one in self._held() if one.key.startswith(start)] if start else []
         if len(keys) != 1:
             raise InvalidInputError(f"{len(keys)} contexts of {self.address} have a key that begins with {start!r}")
         return keys[0]
 
     def describe(self, key: str) -> StoredContext:
         """The entry of that key. Raises InvalidInputError where there is none."""
-        held = self._folder.held() if self._remote is None else self._remote.held()
-        found = next((self._describe(one) for one in held if one.key == check_key(key)), None)
+        found = next((self._describe(one) for one in self._held() if one.key == check_key(key)), None)
         if found is None:
             raise InvalidInputError(f"{self.address} has no context of key {key}")
         return found
@@ -151,6 +149,9 @@ class ContextStore:
         most = self.max_bytes if max_bytes is None else parse_bytes("max_bytes", max_bytes)
         gone = self._folder.prune(most)
         return gone if self._remote is None else self._remote.prune(most)
+
+    def _held(self) -> Sequence[Held]:
+        return self._folder.held() if self._remote is None else self._remote.held()
 
     def _describe(self, one: Held) -> StoredContext | None:
         try:
