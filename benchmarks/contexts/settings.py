@@ -24,7 +24,7 @@ class Settings:
 
 
 FULL = Settings(
-    lengths=(2048, 8192, 16384),
+    lengths=(2048, 8192, 16384, 32768),
     budgets=(0.5, 0.2, 0.1),
     rounds=5,
     question=16,

@@ -1,6 +1,9 @@
+import importlib.util
 import json
+import sys
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,9 +50,47 @@ class Unwritable(Mean):
 def test_a_part_of_ones_own_is_written_by_its_full_name_and_asked_for_again() -> None:
     policy = replace(dkv.policy("snapkv", 0.3), scorer=Oldest(weight=3.0), weighting=None)
     values = encode(policy)
-    assert values["fields"]["scorer"] == {"part": f"{__name__}.Oldest", "fields": {"weight": 3.0}}
+    scorer = values["fields"]["scorer"]
+    assert (scorer["part"], scorer["fields"]) == (f"{__name__}.Oldest", {"weight": 3.0})
     with pytest.raises(dkv.InvalidInputError, match="Oldest' is no part of this package: pass policy="):
         decode(values)
+
+
+EDITED = """
+from dataclasses import dataclass
+from tests.policies.test_encoding import Oldest
+
+
+@dataclass(frozen=True)
+class Newest(Oldest):
+    factor: float = {factor}
+
+    @property
+    def sign(self) -> float:
+        return {sign}
+"""
+
+
+def test_a_part_of_ones_own_is_told_by_its_code(tmp_path: Path) -> None:
+    def written(name: str, **values: float) -> Any:
+        path = tmp_path / f"{name}.py"
+        path.write_text(EDITED.format(**values))
+        spec = importlib.util.spec_from_file_location("edited", path)
+        assert spec is not None and spec.loader is not None
+        module = sys.modules["edited"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return encode(module.Newest(factor=1.0))
+
+    try:
+        first = written("first", factor=1.0, sign=1.0)
+        assert written("again", factor=1.0, sign=1.0) == first
+        assert written("edited", factor=1.0, sign=-1.0) != first
+    finally:
+        del sys.modules["edited"]
+    scope: dict[str, Any] = {"__name__": "nowhere"}
+    exec(EDITED.format(factor=1.0, sign=1.0), scope)
+    with pytest.raises(dkv.InvalidInputError, match="source of Newest is not to be found"):
+        encode(scope["Newest"]())
 
 
 def test_what_no_file_holds_is_refused() -> None:

@@ -10,9 +10,11 @@ Knows no policy, no model and no cache.
 """
 
 import json
+import math
 import mmap
 import os
 import struct
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -41,6 +43,9 @@ _NAMES = {
     torch.bool: "BOOL",
 }
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+_NO_DESCRIPTOR: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+"""Older versions keep one for each mapping."""
 
 
 @runtime_checkable
@@ -120,15 +125,19 @@ class TensorFile:
             self._entries = read_header(file, str(path))
             self.metadata: dict[str, str] = self._entries.pop("__metadata__")
             self._start, size = file.tell(), os.fstat(file.fileno()).st_size
-            self._check_size(size)
+            try:
+                ends = [_end(entry) for entry in self._entries.values()]
+                self._sums: dict[str, str] = dict(json.loads(self.metadata["checksums"]))
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise DamagedContextError(f"{path}: its header makes no sense: {error!r}") from None
+            self._check_size(size, max(ends, default=0))
             # Private: who writes to a tensor by mistake does not write to the file.
-            self._pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        self._sums: dict[str, str] = json.loads(self.metadata["checksums"])
+            self._pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY, **_NO_DESCRIPTOR)
         self._unverified = set(self._entries)
 
-    def _check_size(self, size: int) -> None:
+    def _check_size(self, size: int, end: int) -> None:
         """Raises DamagedContextError where the data are not as many bytes as the header says."""
-        whole = self._start + max((entry["data_offsets"][1] for entry in self._entries.values()), default=0)
+        whole = self._start + end
         if size != whole:
             raise DamagedContextError(f"{self.path} has {size} bytes in place of {whole}: it was cut off or damaged")
 
@@ -153,6 +162,14 @@ class TensorFile:
             if checksum(self[name]) != self._sums.get(name):
                 raise DamagedContextError(f"{self.path}: {name} is damaged: its checksum differs")
             self._unverified.discard(name)
+
+
+def _end(entry: dict[str, Any]) -> int:
+    """Where a tensor's data end. Raises ValueError where dtype, shape and place do not agree."""
+    dtype, shape, (start, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+    if min(start, *shape, 0) < 0 or end - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"a tensor of shape {shape} from {start} to {end}")
+    return int(end)
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:

@@ -1,6 +1,9 @@
 """Policies as plain values, for files: every part by its name and its fields."""
 
+import hashlib
+import inspect
 import math
+import sys
 from dataclasses import fields, is_dataclass
 from fractions import Fraction
 from typing import Any
@@ -44,7 +47,8 @@ _BY_NAME = {kind.__name__: kind for kind in _KNOWN}
 def encode(value: Any) -> Any:
     """A policy, or a part or field of one, as what JSON can hold.
 
-    Raises InvalidInputError for a part that is no dataclass, or has fields of other kinds.
+    Of a part that is not this package's own, the code of its class is told by a hash; of what that calls, nothing is.
+    Raises InvalidInputError for a part that is no dataclass, has fields of other kinds, or no source.
     """
     if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
         return value
@@ -58,12 +62,28 @@ def encode(value: Any) -> Any:
         return [encode(one) for one in value]
     if is_dataclass(value) and not isinstance(value, type):
         kind = type(value)
-        name = kind.__name__ if _BY_NAME.get(kind.__name__) is kind else f"{kind.__module__}.{kind.__qualname__}"
-        return {"part": name, "fields": {field.name: encode(getattr(value, field.name)) for field in fields(value)}}
+        held = {field.name: encode(getattr(value, field.name)) for field in fields(value)}
+        if _BY_NAME.get(kind.__name__) is kind:
+            return {"part": kind.__name__, "fields": held}
+        return {"part": f"{kind.__module__}.{kind.__qualname__}", "code": _hash_code(kind), "fields": held}
     raise InvalidInputError(
         f"{value!r} of a policy cannot be written to a file: make the part a frozen dataclass of numbers, texts, "
         "fractions and tuples"
     )
+
+
+def _hash_code(kind: type) -> str:
+    """sha256 of the source of a class that is not this package's own, and of those that it extends."""
+    known = sys.stdlib_module_names | {"defensivekv"}
+    foreign = [one for one in kind.__mro__ if one.__module__.split(".")[0] not in known]
+    try:
+        sources = [inspect.getsource(one) for one in foreign]
+    except (OSError, TypeError):
+        raise InvalidInputError(
+            f"the source of {kind.__qualname__} is not to be found, and a file is told from others by it: define it in "
+            "a module or a notebook"
+        ) from None
+    return hashlib.sha256("".join(sources).encode()).hexdigest()
 
 
 def decode(value: Any) -> Any:

@@ -1,7 +1,13 @@
+from pathlib import Path
+
 import pytest
 import torch
+from tokenizers import normalizers
+from torch.testing._internal.two_tensor import TwoTensor
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
 import defensivekv as dkv
+from defensivekv.integrations.transformers.contexts import fingerprints
 from defensivekv.integrations.transformers.contexts.fingerprints import model_fingerprint, tokenizer_fingerprint
 from tests.integrations.transformers.models import tiny_model
 from tests.integrations.transformers.tokenizers import small_tokenizer
@@ -19,8 +25,6 @@ def test_any_element_of_any_weight_tells_models_apart(name: str, place: int) -> 
 
 
 def test_one_models_weights_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from defensivekv.integrations.transformers.contexts import fingerprints
-
     model, hashed = tiny_model("llama"), fingerprints._hash_weights
     read: list[int] = []
 
@@ -34,6 +38,34 @@ def test_one_models_weights_are_read_once(monkeypatch: pytest.MonkeyPatch) -> No
     dkv.enable(model)
     assert model_fingerprint(model) == first
     assert len(read) == 1
+
+
+def test_an_adapter_merged_behind_pytorchs_back_is_noticed() -> None:
+    model = tiny_model("llama")
+    before, weight = model_fingerprint(model), model.model.layers[1].self_attn.q_proj.weight
+    weight.data += 1e-3 * torch.outer(torch.ones(len(weight)), torch.ones(weight.shape[1]))
+    assert model_fingerprint(model).differences(before) == ["weights"]
+
+
+def test_weights_made_of_several_tensors_are_told_apart_by_those() -> None:
+    model, other = tiny_model("llama"), tiny_model("llama")
+    for one in (model, other):
+        norm = one.model.norm
+        norm.weight = torch.nn.Parameter(TwoTensor(norm.weight.detach(), torch.ones(len(norm.weight))))
+    before = model_fingerprint(model)
+    assert model_fingerprint(other) == before
+    other.model.norm.weight.b[3] = 2
+    assert model_fingerprint(other).differences(before) == ["weights"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float8_e4m3fn, torch.int64])
+def test_weights_of_any_dtype_have_a_fingerprint(dtype: torch.dtype) -> None:
+    model = tiny_model("llama")
+    model.register_buffer("table", torch.arange(200).to(dtype).view(20, 10).T)
+    before = model_fingerprint(model)
+    assert model_fingerprint(model) == before
+    model.table = model.table.float().logical_not().to(dtype)
+    assert model_fingerprint(model).differences(before) == ["weights"]
 
 
 def test_where_a_model_came_from_is_told_and_not_compared() -> None:
@@ -69,3 +101,35 @@ def test_a_tokenizer_is_its_rules_and_its_template_and_not_what_was_asked_of_it_
     more = small_tokenizer()
     more.add_tokens(["another"])
     assert tokenizer_fingerprint(more) != plain
+
+
+def test_a_tokenizers_vocabulary_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, read = small_tokenizer(), list[int]()
+    tokenizer.save_pretrained(tmp_path)
+    vocabulary = fingerprints._vocabulary
+
+    def read_vocabulary(one: PreTrainedTokenizerBase) -> bytes:
+        read.append(len(one))
+        return vocabulary(one)
+
+    monkeypatch.setattr(fingerprints, "_vocabulary", read_vocabulary)
+    first = tokenizer_fingerprint(tokenizer)
+    assert tokenizer_fingerprint(tokenizer) == first
+    assert len(read) == 1
+    assert tokenizer_fingerprint(AutoTokenizer.from_pretrained(tmp_path)) == first
+
+    found = {first}
+    for change in (
+        lambda: tokenizer.add_tokens(["another"]),
+        lambda: setattr(tokenizer, "chat_template", "{{ messages[0].content }}"),
+        lambda: setattr(tokenizer.backend_tokenizer, "normalizer", normalizers.Lowercase()),
+        lambda: setattr(tokenizer.backend_tokenizer.model, "unk_token", "w3"),
+    ):
+        change()
+        found.add(tokenizer_fingerprint(tokenizer))
+    assert len(found) == 5
+
+
+def test_a_tokenizer_without_a_backend_has_a_fingerprint() -> None:
+    assert tokenizer_fingerprint(ByT5Tokenizer()) == tokenizer_fingerprint(ByT5Tokenizer())
+    assert tokenizer_fingerprint(ByT5Tokenizer()) != tokenizer_fingerprint(ByT5Tokenizer(extra_ids=124))

@@ -26,6 +26,11 @@ def test_a_template_of_one_turn_has_nothing_between_turns() -> None:
     assert find_wrapping(small_tokenizer(once), "auto") == Wrapping("chat", "", "[END]", None, keeps_end=False)
 
 
+def test_a_template_that_writes_todays_date_is_the_same_every_day() -> None:
+    dated = "{{ strftime_now('%d %b %Y') }}" + CHAT
+    assert find_wrapping(small_tokenizer(dated), "auto").before == "26 Jul 2024[BOS][USER]"
+
+
 def test_a_template_that_is_missing_unknown_or_loses_the_text_is_refused() -> None:
     with pytest.raises(dkv.InvalidInputError, match="no chat template"):
         find_wrapping(small_tokenizer(), "chat")

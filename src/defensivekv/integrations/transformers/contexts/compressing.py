@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from defensivekv.budget import Budget
 from defensivekv.errors import InvalidInputError
 from defensivekv.integrations.transformers.cache import EvictingCache
-from defensivekv.integrations.transformers.contexts.context import Context, check_length, encode
+from defensivekv.integrations.transformers.contexts.context import Context, check_length, check_text, encode
 from defensivekv.integrations.transformers.contexts.recipe import Recipe
 from defensivekv.integrations.transformers.contexts.wrapping import Template, find_wrapping
 from defensivekv.integrations.transformers.model import enable
@@ -103,8 +103,7 @@ class _Asked:
         options: dict[str, Any],
     ) -> "_Asked":
         cache = _make_cache(model, policy, budget, options)
-        if not document.strip():
-            raise InvalidInputError("the document is empty")
+        check_text(document, "document")
         wrapping = find_wrapping(tokenizer, template)
         text = f"{wrapping.before}{document}\n\n" if wrapping.name == "chat" else document
         ids = encode(model, tokenizer, text, special=wrapping.special, what="document")

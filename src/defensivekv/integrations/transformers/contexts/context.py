@@ -54,6 +54,8 @@ class Context:
         recipe: Recipe,
         prefill_seconds: float,
         file: "ContextFile | None" = None,
+        *,
+        went_on: bool = False,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -61,6 +63,13 @@ class Context:
         self.prefill_seconds = prefill_seconds
         self._cache = cache
         self._file = file
+        self._went_on = went_on
+
+    def __getstate__(self) -> Any:
+        raise InvalidInputError(
+            "a context belongs to its model and shares memory: save() and load_context() carry it elsewhere, and "
+            "turn() and append() leave it as it was"
+        )
 
     @property
     def cache(self) -> EvictingCache:
@@ -81,8 +90,8 @@ class Context:
 
     @property
     def was_stored(self) -> bool:
-        """Whether it was loaded from a file, and not read here."""
-        return self._file is not None
+        """Whether it is as it was loaded from a file."""
+        return self._file is not None and not self._went_on
 
     @property
     def document_ids(self) -> Int[Tensor, "1 t"]:
@@ -150,8 +159,14 @@ class Context:
     def append(self, text: str) -> "Context":
         """A context with this text read after what is there. Nothing of it is evicted, unless under a bound.
 
-        Raises InvalidInputError for a text of no tokens, or one that exceeds the model's positions.
+        Raises InvalidInputError for a text of no tokens, one that exceeds the model's positions, and under a chat
+        template after a turn.
         """
+        if self.recipe.is_in_turns and self.recipe.wrapping.name == "chat":
+            raise InvalidInputError(
+                "after an answer, text would be the model's own words to it: append before the first turn, or make the "
+                "text part of the next question"
+            )
         new = encode(self.model, self.tokenizer, text, special=False, what="text")
         ids = torch.cat((self.document_ids, new), dim=1)
         check_length(self.model, ids.shape[1] + 1, "document and text")
@@ -176,14 +191,13 @@ class Context:
 
     def _then(self, step: str, cache: EvictingCache, ids: Int[Tensor, "1 t"]) -> "Context":
         recipe = self.recipe.then(step, ids, cache.policy)
-        return Context(self.model, self.tokenizer, cache, recipe, self.prefill_seconds, self._file)
+        return Context(self.model, self.tokenizer, cache, recipe, self.prefill_seconds, self._file, went_on=True)
 
     def _answered(
         self, question: str, max_new_tokens: int, max_entries: int | None, generate_options: dict[str, Any]
     ) -> tuple[Answer, EvictingCache, Int[Tensor, "1 t"]]:
         """The answer, the cache after it, and all tokens up to its end."""
-        if not question.strip():
-            raise InvalidInputError("the question is empty")
+        check_text(question, "question")
         wrapping = self.recipe.wrapping
         before = wrapping.between if self.recipe.is_in_turns else ""
         if before is None:
@@ -192,9 +206,11 @@ class Context:
         question_ids = encode(self.model, self.tokenizer, asked, special=False, what="question")
         ids = torch.cat((self.document_ids, question_ids), dim=1)
         check_length(self.model, ids.shape[1] + max_new_tokens, "document, question and answer")
-        # Some models' own generation settings name a kind of cache, which a cache that is passed contradicts.
+        if generate_options.get("use_cache") is False:
+            raise InvalidInputError("a context is a cache: leave use_cache out")
+        # Some models' own generation settings name a kind of cache, or none, which a cache that is passed contradicts.
         defaults = {"do_sample": False, "max_new_tokens": max_new_tokens, "cache_implementation": None}
-        options = defaults | generate_options
+        options = defaults | generate_options | {"use_cache": True}
         cache = self.cache.fork(max_entries=max_entries)
         rows = _num_rows(self.model, options)
         if rows > 1:
@@ -227,10 +243,23 @@ def encode(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool, what: str
 ) -> Int[Tensor, "1 t"]:
     """The text's tokens, on the model's device. Raises InvalidInputError where it has none; `what` names it."""
+    check_text(text, what, may_be_blank=True)
     ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
     if not ids:
         raise InvalidInputError(f"the {what} has no tokens: the tokenizer makes nothing of {text[:40]!r}")
     return torch.tensor([ids], device=model.device)
+
+
+def check_text(text: object, what: str, *, may_be_blank: bool = False) -> None:
+    """Raises InvalidInputError for what is no text, or nothing but blanks; `what` names it."""
+    if not isinstance(text, str):
+        raise InvalidInputError(f"the {what} is a {type(text).__name__}: give it as text")
+    if not may_be_blank and not text.strip():
+        raise InvalidInputError(f"the {what} is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInputError(f"the {what} has half a character at {error.start}: {error.reason}") from None
 
 
 def check_length(model: PreTrainedModel, num_tokens: int, what: str) -> None:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from defensivekv.cache.tensor_file import Readable, TensorFile, Writable, read_header, write_tensors
-from defensivekv.errors import ContextError, DamagedContextError, InvalidInputError
+from defensivekv.errors import BudgetError, ContextError, DamagedContextError, DefensiveKVError, InvalidInputError
 from defensivekv.folders import whole_file
 from defensivekv.integrations.transformers.cache import EvictingCache
 from defensivekv.integrations.transformers.contexts import snapshot
@@ -71,7 +72,7 @@ class ContextFile:
     @property
     def facts(self) -> ContextFacts:
         """What it says of its context."""
-        return _facts(self.content)
+        return _facts(self.content, self.path)
 
     def verify(self, *, scores: bool) -> None:
         """Compares checksums, of each tensor once; of scores only where asked."""
@@ -80,18 +81,26 @@ class ContextFile:
     def context(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, policy: Policy | None = None
     ) -> Context:
-        """The context, for the model that made it. Enables the model. Raises ContextError where it is another one."""
-        content = self.content
-        self._check(model_fingerprint(model), tokenizer_fingerprint(tokenizer), policy)
-        options = {name: value for name, value in content["options"].items() if value is not None}
-        made = decode(content["policy"]) if policy is None else policy
-        cache = EvictingCache(model, made, **options)
-        snapshot.restore(cache, self._tensors.__getitem__, self._tensors.names, content["state"], model.device)
+        """The context, for the model that made it. Enables the model.
+
+        Raises ContextError where it is another one, DamagedContextError where the file contradicts itself.
+        """
+        content, facts, now = self.content, self.facts, (model_fingerprint(model), tokenizer_fingerprint(tokenizer))
+        self._tensors.verify(("lengths", "tokens"))
+        with _making_sense(self.path):
+            self._check(*now, policy)
+            options = {name: value for name, value in content["options"].items() if value is not None}
+            made = decode(content["policy"]) if policy is None else policy
+            wrapping = Wrapping(**content["wrapping"])
+            cache = EvictingCache(model, made, **options)
+            snapshot.restore(cache, self._tensors.__getitem__, self._tensors.names, content["state"], model.device)
+            ids = self._tensors["tokens"].to(model.device)[None]
+            # The last token of an answer was not read.
+            if cache.get_seq_length() not in (ids.shape[1], ids.shape[1] - 1):
+                raise DamagedContextError(f"{ids.shape[1]} tokens, of which {cache.get_seq_length()} were read")
+            recipe = Recipe(ids, made, content["options"], content["chunk_size"], wrapping, facts.steps)
         enable(model)
-        wrapping = Wrapping(**content["wrapping"])
-        ids = self._tensors["tokens"].to(model.device)[None]
-        recipe = Recipe(ids, made, content["options"], content["chunk_size"], wrapping, tuple(content["steps"]))
-        return Context(model, tokenizer, cache, recipe, content["prefill_seconds"], self)
+        return Context(model, tokenizer, cache, recipe, facts.prefill_seconds, self)
 
     def _check(self, model: ModelFingerprint, tokenizer: str, policy: Policy | None) -> None:
         there = ModelFingerprint(**self.content["model"])
@@ -175,7 +184,24 @@ def file_facts(path: Path) -> ContextFacts:
 
 def read_facts(file: Readable, name: str) -> ContextFacts:
     """The same of an open file. name: for messages."""
-    return _facts(_content(read_header(file, name)["__metadata__"], name))
+    return _facts(_content(read_header(file, name)["__metadata__"], name), name)
+
+
+@contextlib.contextmanager
+def _making_sense(name: str | Path) -> Iterator[None]:
+    """Says of a file whose checksums are right and whose content is not that it is damaged."""
+    try:
+        yield
+    except DamagedContextError as error:
+        raise DamagedContextError(f"{name} contradicts itself: {error}") from None
+    except torch.OutOfMemoryError:
+        raise
+    except BudgetError as error:
+        raise DamagedContextError(f"{name} contradicts itself: {error}") from error
+    except DefensiveKVError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise DamagedContextError(f"{name} contradicts itself: {error!r}") from error
 
 
 @contextlib.contextmanager
@@ -200,17 +226,15 @@ def _content(metadata: dict[str, str], name: str) -> dict[str, Any]:
         return {
             key: text if key in texts else json.loads(text) for key, text in metadata.items() if "checksum" not in key
         }
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedContextError(f"{name}: its metadata are damaged: {error}") from None
 
 
-def _facts(content: dict[str, Any]) -> ContextFacts:
-    about = content["about"]
-    return ContextFacts(
-        key=content["key"],
-        model=content["model"]["name"],
-        dtype=content["model"]["dtype"],
-        prefill_seconds=content["prefill_seconds"],
-        steps=tuple(content["steps"]),
-        **about,
-    )
+def _facts(content: dict[str, Any], name: str | Path) -> ContextFacts:
+    with _making_sense(name):
+        about, model = content["about"], content["model"]
+        return TypeAdapter(ContextFacts).validate_python(
+            about
+            | {"key": content["key"], "model": model["name"], "dtype": model["dtype"], "steps": content["steps"]}
+            | {"prefill_seconds": content["prefill_seconds"]}
+        )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from defensivekv.cache import PrefixView, RaggedPrefix
-from defensivekv.errors import CacheError, ContextError
+from defensivekv.errors import CacheError, ContextError, DamagedContextError
 from defensivekv.integrations.transformers.bound import LayerSizes
 from defensivekv.integrations.transformers.cache import EvictingCache
 from defensivekv.integrations.transformers.layer import EvictedLayer
@@ -115,7 +115,10 @@ def _unpacked(value: Any, get: Get, device: torch.device) -> Any:
         # A copy, since a stock layer may write to it.
         return get(value["tensor"]).to(device, copy=True)
     if "dtype" in value:
-        return getattr(torch, value["dtype"])
+        dtype = getattr(torch, value["dtype"], None)
+        if not isinstance(dtype, torch.dtype):
+            raise DamagedContextError(f"{value['dtype']!r} is no dtype")
+        return dtype
     if "device" in value:
         return device
     return {key: _unpacked(one, get, device) for key, one in value["dict"]}
@@ -125,9 +128,12 @@ def restore(cache: EvictingCache, get: Get, names: frozenset[str], state: State,
     """Makes an empty cache, of the policy and bounds of that time, hold what `take` took.
 
     get: gives the tensor of a name, which is used as it is where it lies on `device`. names: of all tensors.
-    Raises ContextError where a layer of transformers' own is of another class than it was.
+    Raises ContextError where a layer of transformers' own is of another class than it was, DamagedContextError where
+    sizes contradict each other.
     """
     lengths = get("lengths").tolist()
+    if len(lengths) != len(cache.evicted_layers):
+        raise DamagedContextError(f"{len(lengths)} layers in place of {len(cache.evicted_layers)}")
     for place, index in enumerate(cache.evicted_layers):
         layer, own = cache.layers[index], f"layers.{index}."
         held = {name.removeprefix(own): get(name).to(device) for name in names if name.startswith(own)}
@@ -140,6 +146,8 @@ def restore(cache: EvictingCache, get: Get, names: frozenset[str], state: State,
                 "transformers makes of it: use the release that the context was made with, or compress it again"
             )
         for name, value in stock["values"].items():
+            if name not in vars(layer) and hasattr(type(layer), name):
+                raise DamagedContextError(f"layer {number} has {name!r} in place of its own")
             setattr(layer, name, _unpacked(value, get, device))
     texts = Texts(tuple(state["tokens"]), tuple(Fraction(share) for share in state["shares"]))
     standings = {
@@ -161,6 +169,9 @@ def restore(cache: EvictingCache, get: Get, names: frozenset[str], state: State,
 
 
 def _fill(layer: EvictedLayer, held: dict[str, Tensor], lengths: tuple[int, ...], before: int) -> None:
+    sizes = {name: len(held[name]) for name in ("keys", "values", "positions", "scores") if name in held}
+    if min(lengths) < 0 or set(sizes.values()) != {sum(lengths)}:
+        raise DamagedContextError(f"layer {layer.index} has {sizes} entries, and heads of {lengths}")
     prefix = RaggedPrefix(held["keys"], held["values"], held["positions"], (lengths,), held.get("scores"))
     layer.store.start_from(PrefixView(prefix, (0,)), before)
     if "tail.keys" in held:

@@ -7,13 +7,24 @@ bare    [document]        | [question]       answer
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Literal, get_args
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from defensivekv.errors import InvalidInputError
 
 Template = Literal["auto", "chat", "plain"]
+
+_DAY = datetime(2024, 7, 26, tzinfo=UTC)
+_SAME_DAY = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f".replace('%{code}', '{_DAY.strftime('%' + code)}')" for code in "aAbBdHIjmMpSyY")
+    + " }}{% endmacro %}\n"
+)
+"""Before a template that writes today's date (Llama 3.2's does, and falls back to this day): a document that is
+compressed once is the same one tomorrow."""
 
 _MARKS = ("firstuserturnmark", "firstanswermark", "seconduserturnmark")
 
@@ -48,17 +59,25 @@ def find_wrapping(tokenizer: PreTrainedTokenizerBase, template: Template) -> Wra
     if not tokenizer.chat_template:
         raise InvalidInputError("the tokenizer has no chat template: use template='plain'")
     user, answer, second = _MARKS
-    pieces = _render(tokenizer, [("user", user)], [user])
+    try:
+        pieces = _render(tokenizer, [("user", user)], [user])
+    except TemplateError as error:
+        raise InvalidInputError(f"the chat template fails: {error}: use template='plain'") from error
     if pieces is None:
         raise InvalidInputError("the chat template does not keep the user's text as it is: use template='plain'")
-    turns = _render(tokenizer, [("user", user), ("assistant", answer), ("user", second)], _MARKS)
+    try:
+        turns = _render(tokenizer, [("user", user), ("assistant", answer), ("user", second)], _MARKS)
+    except TemplateError:
+        turns = None
     return Wrapping("chat", pieces[0], pieces[1], None if turns is None else turns[2], keeps_end=False)
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]], marks: Sequence[str]) -> list[str] | None:
     """The template's text cut at the marks; None where it does not hold each of them once, in order."""
     messages = [{"role": role, "content": text} for role, text in turns]
-    rest: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    rest: str = tokenizer.apply_chat_template(
+        messages, chat_template=_SAME_DAY + tokenizer.get_chat_template(), tokenize=False, add_generation_prompt=True
+    )
     if any(rest.count(mark) != 1 for mark in marks):
         return None
     pieces = []
