@@ -39,7 +39,13 @@ def replace_file(path: Path, text: str) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the name once it is whole and on the disk; until then there is what was there before."""
+    """A new file that takes the name once it is whole and on the disk; until then there is what was there before.
+
+    Raises InvalidInputError where the name is that of something else, such as a folder or a device.
+    """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise InvalidInputError(f"{str(path)!r} is no file that could be written anew: give another name")
     part = part_of(path)
     try:
         with part.open("xb") as file:

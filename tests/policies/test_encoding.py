@@ -76,7 +76,8 @@ def test_a_part_of_ones_own_is_told_by_its_code(tmp_path: Path) -> None:
         path = tmp_path / f"{name}.py"
         path.write_text(EDITED.format(**values))
         spec = importlib.util.spec_from_file_location("edited", path)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = sys.modules["edited"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return encode(module.Newest(factor=1.0))

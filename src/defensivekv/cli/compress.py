@@ -51,10 +51,13 @@ def compress(
     if output is not None and not output.absolute().parent.is_dir():
         raise InvalidInputError(f"no folder {str(output.absolute().parent)!r} to write {output.name} to: make it first")
     asked = Asked(model, policy, budget, max_entries, chunk_size, dtype, device, template, trust_remote_code)
-    compressed = asked.compress(context, open_store(store, store_max_bytes), console)
+    opened = open_store(store, store_max_bytes)
+    compressed = asked.compress(context, opened, console)
     print_context(compressed, console)
     if output is not None:
         compressed.save(output)
         console.print(f"file       {escape(str(output))}, {format_bytes(output.stat().st_size)}", highlight=False)
-    if store is not None:
-        console.print(f"store      {escape(store)}, key {compressed.key}", highlight=False)
+    if opened is not None:
+        if compressed.key not in opened:
+            raise InvalidInputError(f"the context is not in {store}: the warning above says why")
+        console.print(f"store      {escape(opened.address)}, key {compressed.key}", highlight=False)

@@ -1,5 +1,8 @@
 """A document compressed once, and questions that do not see each other."""
 
+import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -211,6 +214,34 @@ def test_a_text_that_the_tokenizer_makes_nothing_of_is_refused(model: PreTrained
     tokenizer.backend_tokenizer.pre_tokenizer = Split("~", behavior="removed")
     with pytest.raises(dkv.InvalidInputError, match="the document has no tokens"):
         dkv.compress(model, tokenizer, "~~~", "snapkv", 0.3)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [(None, "is a NoneType: give it as text"), ([7, 8], "is a list: give"), ("w7 \udc80", "has half a character at 3")],
+)
+def test_what_is_no_text_is_refused(model: PreTrainedModel, text: Any, says: str) -> None:
+    with pytest.raises(dkv.InvalidInputError, match=f"the document {says}"):
+        dkv.compress(model, small_tokenizer(), text, "snapkv", 0.3)
+    with pytest.raises(dkv.InvalidInputError, match=f"the question {says}"):
+        dkv.compress(model, small_tokenizer(), DOCUMENT, "snapkv", 0.3).ask(text)
+
+
+def test_settings_that_use_no_cache_are_overruled(model: PreTrainedModel) -> None:
+    context = dkv.compress(model, small_tokenizer(), DOCUMENT, "snapkv", 0.3)
+    expected = context.turn("w7 w8", max_new_tokens=6)
+    model.config.use_cache = model.generation_config.use_cache = False
+    found = context.turn("w7 w8", max_new_tokens=6)
+    assert found[0].text == expected[0].text
+    assert found[1].cache.get_seq_length() == expected[1].cache.get_seq_length()
+    with pytest.raises(dkv.InvalidInputError, match="leave use_cache out"):
+        context.ask("w7", use_cache=False)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_context_is_carried_by_files_alone(model: PreTrainedModel, copied: Callable[[Any], Any]) -> None:
+    with pytest.raises(dkv.InvalidInputError, match=r"save\(\) and load_context\(\) carry it elsewhere"):
+        copied(dkv.compress(model, small_tokenizer(), DOCUMENT, "snapkv", 0.3))
 
 
 def test_an_empty_question_and_one_that_is_too_long_are_refused(model: PreTrainedModel) -> None:

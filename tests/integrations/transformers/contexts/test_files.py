@@ -242,6 +242,27 @@ def test_files_that_are_not_there_or_not_ours_are_refused(model: PreTrainedModel
         context_of(model).save(tmp_path / "missing" / "book.kv")
 
 
+def test_only_a_file_is_written_anew(model: PreTrainedModel, tmp_path: Path) -> None:
+    context = context_of(model)
+    for path in (tmp_path, Path("/dev/null"), Path("")):
+        with pytest.raises(dkv.InvalidInputError, match="is no file that could be written anew"):
+            context.save(path)
+    with pytest.raises(dkv.InvalidInputError, match=r"cannot open .*null"):
+        context.save(tmp_path / "a\0b.kv")
+    (tmp_path / "link.kv").symlink_to(tmp_path / "target.kv")
+    context.save(tmp_path / "link.kv")
+    assert (tmp_path / "link.kv").is_symlink()
+    assert_same(dkv.load_context(tmp_path / "target.kv", model, small_tokenizer()), context)
+
+
+def test_what_a_loaded_context_becomes_was_not_stored(model: PreTrainedModel, tmp_path: Path) -> None:
+    context_of(model).save(tmp_path / "book.kv")
+    loaded = dkv.load_context(tmp_path / "book.kv", model, small_tokenizer())
+    assert loaded.was_stored
+    for later in (loaded.append("w7"), loaded.shrink(0.2), loaded.turn("w7", max_new_tokens=2)[1]):
+        assert not later.was_stored
+
+
 def test_several_rows_are_no_context() -> None:
     from defensivekv.integrations.transformers.contexts import snapshot
 

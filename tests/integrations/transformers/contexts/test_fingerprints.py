@@ -47,6 +47,67 @@ def test_an_adapter_merged_behind_pytorchs_back_is_noticed() -> None:
     assert model_fingerprint(model).differences(before) == ["weights"]
 
 
+class Adapted(torch.nn.Module):
+    """As adapters are: all of their weights are there, and a plain value says which one is on."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base, self._active, self.merged = base, ["a"], False
+        self.added = torch.nn.ModuleDict({name: torch.nn.Linear(base.in_features, base.out_features) for name in "ab"})
+
+
+def test_which_adapter_is_active_and_constants_tell_models_apart() -> None:
+    model = tiny_model("llama")
+    attention = model.model.layers[1].self_attn
+    attention.v_proj = Adapted(attention.v_proj)
+    before = model_fingerprint(model)
+    attention.v_proj.train().eval()
+    assert model_fingerprint(model) == before
+    attention.v_proj._active = ["b"]
+    assert model_fingerprint(model).differences(before) == ["modules"]
+    attention.v_proj._active = ["a"]
+    attention.scaling *= 2
+    assert model_fingerprint(model).differences(before) == ["modules"]
+
+
+def test_another_class_of_the_same_weights_is_another_model() -> None:
+    model = tiny_model("llama")
+
+    class Mine(type(model)):  # type: ignore[misc]
+        """Computes who knows what."""
+
+    other = Mine(model.config).eval()
+    other.load_state_dict(model.state_dict())
+    assert model_fingerprint(other).differences(model_fingerprint(model)) == ["config class"]
+
+
+def test_what_changes_no_answer_changes_no_fingerprint() -> None:
+    model, tokenizer = tiny_model("llama"), small_tokenizer()
+    before = model_fingerprint(model), tokenizer_fingerprint(tokenizer)
+    model.config.pad_token_id, model.config.output_hidden_states, model.config.id2label = 3, True, {0: "x"}
+    tokenizer.pad_token = "[END]"
+    assert (model_fingerprint(model), tokenizer_fingerprint(tokenizer)) == before
+    tokenizer.split_special_tokens = True
+    assert tokenizer_fingerprint(tokenizer) != before[1]
+
+
+class Scaled(torch.nn.Linear):
+    """Has a state beside its weights."""
+
+    def get_extra_state(self) -> dict[str, float]:
+        return {"scale": 2.0}
+
+
+def test_a_state_that_is_no_tensor_and_a_rotation_that_remembers_are_refused() -> None:
+    model = tiny_model("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
+    with pytest.raises(dkv.UnsupportedModelError, match="depends on the longest text that it has read"):
+        model_fingerprint(model)
+    model = tiny_model("llama")
+    model.lm_head.__class__ = Scaled
+    with pytest.raises(dkv.UnsupportedModelError, match=r"'lm_head\._extra_state' of the model's state is a dict"):
+        model_fingerprint(model)
+
+
 def test_weights_made_of_several_tensors_are_told_apart_by_those() -> None:
     model, other = tiny_model("llama"), tiny_model("llama")
     for one in (model, other):

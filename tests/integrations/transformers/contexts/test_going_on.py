@@ -240,6 +240,13 @@ def test_a_chat_template_stands_between_turns(model: PreTrainedModel) -> None:
     assert ended or ours == ids
 
 
+def test_text_after_an_answer_would_be_the_models_own_under_a_template(model: PreTrainedModel) -> None:
+    context = dkv.compress(model, small_tokenizer(CHAT), document(), "snapkv", 0.3).append("w7")
+    _, after = context.turn("w7", max_new_tokens=3)
+    with pytest.raises(dkv.InvalidInputError, match="make the text part of the next question"):
+        after.append("w8")
+
+
 def test_one_answer_is_one_turn(model: PreTrainedModel) -> None:
     with pytest.raises(dkv.InvalidInputError, match="one answer"):
         context_of(model).turn("w7", num_beams=2)

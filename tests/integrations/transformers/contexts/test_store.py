@@ -101,13 +101,20 @@ def _file_of(store: dkv.ContextStore, key: str) -> Path:
     return store._folder.place(key)
 
 
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 def test_a_flipped_bit_is_named_and_the_entry_dropped(model: PreTrainedModel, store: dkv.ContextStore) -> None:
     made = context_of(model)
     key = store.put(made)
     path = _file_of(store, key)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+    _flip(path)
+    if store._remote is not None:
+        # The damaged file is what all machines find.
+        store._remote.put(key, path)
     with pytest.warns(dkv.DefensiveKVWarning, match=rf"{key}\.kv: layers\.\d\.\w+ is damaged.*dropped from the store"):
         assert store.get(key, model, small_tokenizer()) is None
     assert key not in store
@@ -115,6 +122,92 @@ def test_a_flipped_bit_is_named_and_the_entry_dropped(model: PreTrainedModel, st
     again = context_of(model, store=store)
     assert not again.was_stored
     assert_same(again, made)
+
+
+def test_a_damaged_copy_is_fetched_again(model: PreTrainedModel, tmp_path: Path, bucket: Any) -> None:
+    store = dkv.ContextStore(f"s3://{bucket.name}/x", copies=tmp_path, storage_options=bucket.options)
+    made = context_of(model, store=store)
+    _flip(_file_of(store, made.key))
+    found = context_of(model, store=store)
+    assert found.was_stored
+    assert_same(found, made)
+
+
+def test_what_another_machine_removed_is_not_answered_from(model: PreTrainedModel, tmp_path: Path) -> None:
+    address = f"memory://{tmp_path.name}/contexts"
+    here, there = (dkv.ContextStore(address, copies=tmp_path / name) for name in ("here", "there"))
+    key = here.put(context_of(model))
+    assert there.remove(key)
+    assert here.get(key, model, small_tokenizer()) is None
+    assert not _file_of(here, key).exists()
+
+
+def test_a_damaged_entry_is_written_anew(model: PreTrainedModel, store: dkv.ContextStore) -> None:
+    made = context_of(model)
+    path = _file_of(store, store.put(made))
+    for damage in (_flip, lambda path: path.write_bytes(path.read_bytes()[:100])):
+        damage(path)
+        found = store.get(store.put(made), model, small_tokenizer())
+        assert found is not None
+        assert_same(found, made)
+
+
+def test_what_was_read_is_not_lost_where_it_cannot_be_kept(model: PreTrainedModel, tmp_path: Path) -> None:
+    small = dkv.ContextStore(tmp_path, "10KiB")
+    with pytest.warns(dkv.DefensiveKVWarning, match=r"not put into .*give it a larger max_bytes"):
+        made = context_of(model, store=small)
+    assert_same(made, context_of(model))
+
+
+def test_a_place_for_reading_alone_is_read(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = f"memory://{tmp_path.name}/contexts"
+    folder, remote = dkv.ContextStore(tmp_path / "store"), dkv.ContextStore(address, copies=tmp_path / "copies")
+    made = context_of(model)
+    key = folder.put(made), remote.put(made)
+    assert remote._remote is not None
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "for reading alone")
+
+    for name in ("pipe_file", "rm_file", "put_file"):
+        monkeypatch.setattr(remote._remote._files, name, refuse)
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    monkeypatch.setattr("os.utime", refuse)
+    for store in (folder, remote):
+        found = store.get(key[0], model, small_tokenizer())
+        assert found is not None
+        assert_same(found, made)
+        with pytest.raises(dkv.InvalidInputError, match="for reading alone"):
+            store.remove(key[0])
+    _flip(_file_of(folder, key[0]))
+    with pytest.warns(dkv.DefensiveKVWarning, match=r"is damaged.*it stays in the store, since cannot change"):
+        assert folder.get(key[0], model, small_tokenizer()) is None
+
+
+def test_a_place_that_does_not_answer_is_named(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = dkv.ContextStore(f"memory://{tmp_path.name}/contexts", copies=tmp_path)
+    key = store.put(context_of(model))
+    assert store._remote is not None
+    monkeypatch.setattr(store._remote._files, "exists", lambda *_: 1 / 0)
+    with pytest.raises(dkv.InvalidInputError, match=r"memory://.* refuses, or cannot be reached: ZeroDivisionError"):
+        store.get(key, model, small_tokenizer())
+
+
+def test_folders_are_found_as_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    relative = dkv.ContextStore("store")
+    monkeypatch.chdir("/")
+    assert relative._folder.path == tmp_path / "store"
+    assert dkv.ContextStore("~/kept")._folder.path == tmp_path / "home" / "kept"
+    assert dkv.ContextStore(f"file://{tmp_path}/with%20blank")._folder.path == tmp_path / "with blank"
+    for address in (Path("s3://bucket/a"), "s3:/bucket", "file://elsewhere/x"):
+        with pytest.raises(dkv.InvalidInputError, match=r"both slashes|names a machine"):
+            dkv.ContextStore(address)
 
 
 def test_a_file_under_another_key_is_not_answered_from(model: PreTrainedModel, tmp_path: Path) -> None:

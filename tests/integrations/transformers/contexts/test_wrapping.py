@@ -31,6 +31,17 @@ def test_a_template_that_writes_todays_date_is_the_same_every_day() -> None:
     assert find_wrapping(small_tokenizer(dated), "auto").before == "26 Jul 2024[BOS][USER]"
 
 
+def test_a_template_that_refuses_is_named_and_one_that_refuses_a_second_turn_serves_one() -> None:
+    with pytest.raises(
+        dkv.InvalidInputError, match=r"the chat template fails: no system message: use template='plain'"
+    ):
+        find_wrapping(small_tokenizer("{{ raise_exception('no system message') }}"), "auto")
+    with pytest.raises(dkv.InvalidInputError, match="the chat template fails: "):
+        find_wrapping(small_tokenizer("{% for %}"), "auto")
+    once = "{% if messages | length > 1 %}{{ raise_exception('one turn') }}{% endif %}{{ messages[0].content }}[END]"
+    assert find_wrapping(small_tokenizer(once), "auto") == Wrapping("chat", "", "[END]", None, keeps_end=False)
+
+
 def test_a_template_that_is_missing_unknown_or_loses_the_text_is_refused() -> None:
     with pytest.raises(dkv.InvalidInputError, match="no chat template"):
         find_wrapping(small_tokenizer(), "chat")

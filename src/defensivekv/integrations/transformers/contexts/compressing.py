@@ -1,6 +1,7 @@
 """Reading a document into a context, or finding it read already."""
 
 import time
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from defensivekv.budget import Budget
-from defensivekv.errors import InvalidInputError
+from defensivekv.errors import DefensiveKVWarning, InvalidInputError
 from defensivekv.integrations.transformers.cache import EvictingCache
 from defensivekv.integrations.transformers.contexts.context import Context, check_length, check_text, encode
 from defensivekv.integrations.transformers.contexts.recipe import Recipe
@@ -39,7 +40,8 @@ def compress(
     policy, budget, options: as for `EvictingCache`; scores are kept where the policy can shrink by them, unless
     `keep_scores=False`. template: "chat" puts the document and later the question into one user turn of the tokenizer's
     chat template; "plain" takes them as they are; "auto" is "chat" where the tokenizer has a template. chunk_size:
-    tokens read at a time, as for `prefill`. store: where the context is looked for first, and put once it is made.
+    tokens read at a time, as for `prefill`. store: where the context is looked for first, and put once it is made; a
+    warning says where that fails.
 
     Raises InvalidInputError for an empty document or one past the model's maximum length, and what `enable` and
     `EvictingCache` raise; each before the document is read.
@@ -52,7 +54,11 @@ def compress(
             return found
     context = read(model, tokenizer, asked.cache, asked.recipe)
     if store is not None:
-        store.put(context)
+        try:
+            store.put(context)
+        except InvalidInputError as error:
+            # What was read is not thrown away.
+            warnings.warn(f"not put into {store.address}: {error}", DefensiveKVWarning, stacklevel=2)
     return context
 
 

@@ -35,7 +35,8 @@ from defensivekv.policies import Policy
 from defensivekv.policies.encoding import decode, encode
 
 FORMAT = "defensivekv-context"
-_TEXTS = ("format", "key", "tokenizer", "header_checksum")
+_RECIPE = ("policy", "options", "chunk_size", "wrapping", "steps", "method_version")
+_TEXTS = ("format", "key", "tokenizer")
 _MADE_WITH = ("defensivekv", "torch", "transformers")
 
 
@@ -98,12 +99,18 @@ class ContextFile:
             # The last token of an answer was not read.
             if cache.get_seq_length() not in (ids.shape[1], ids.shape[1] - 1):
                 raise DamagedContextError(f"{ids.shape[1]} tokens, of which {cache.get_seq_length()} were read")
-            recipe = Recipe(ids, made, content["options"], content["chunk_size"], wrapping, facts.steps)
+            recipe = Recipe(
+                *(ids, made, content["options"], content["chunk_size"], wrapping, facts.steps),
+                method=content["method_version"],
+            )
         enable(model)
         return Context(model, tokenizer, cache, recipe, facts.prefill_seconds, self)
 
     def _check(self, model: ModelFingerprint, tokenizer: str, policy: Policy | None) -> None:
         there = ModelFingerprint(**self.content["model"])
+        values = {name: self.content[name] for name in _RECIPE}
+        if key_of(there, self.content["tokenizer"], self._tensors["tokens"][None], values) != self.content["key"]:
+            raise DamagedContextError("its key is not that of what it says")
         if differ := there.differences(model):
             raise ContextError(
                 f"{self.path} was made by another model ({', '.join(differ)}): {there.described} made it, and this is "
@@ -208,8 +215,11 @@ def _making_sense(name: str | Path) -> Iterator[None]:
 def _opening(name: str) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        raise InvalidInputError(f"cannot open {name!r}: {error.strerror or error}") from None
+    except DefensiveKVError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidInputError(f"cannot open {name!r}: {reason}") from None
 
 
 def _content(metadata: dict[str, str], name: str) -> dict[str, Any]:
@@ -222,9 +232,8 @@ def _content(metadata: dict[str, str], name: str) -> dict[str, Any]:
             f"{FORMAT_VERSION}: use the release that wrote it, or compress the document again"
         )
     try:
-        texts = ("format", "key", "tokenizer")
         return {
-            key: text if key in texts else json.loads(text) for key, text in metadata.items() if "checksum" not in key
+            key: text if key in _TEXTS else json.loads(text) for key, text in metadata.items() if "checksum" not in key
         }
     except (ValueError, RecursionError) as error:
         raise DamagedContextError(f"{name}: its metadata are damaged: {error}") from None

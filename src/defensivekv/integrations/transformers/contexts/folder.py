@@ -11,7 +11,7 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -127,12 +127,20 @@ class Folder:
         return path
 
     def remove(self, key: str) -> bool:
-        """Whether a file was there, which is gone now. Who has it mapped keeps it."""
+        """Whether a file was there, which is gone now. Who has it mapped keeps it.
+
+        Raises InvalidInputError where the folder is for reading alone.
+        """
+        if not self.place(key).exists():
+            return False
         with self._locked():
             return bool(self._drop([Held(key, 0, 0.0)]))
 
     def prune(self, max_bytes: int | None) -> list[str]:
-        """Removes what processes that died left, and the least recently used files beyond `max_bytes`; gives keys."""
+        """Removes what processes that died left, and the least recently used files beyond `max_bytes`; gives keys.
+
+        Raises InvalidInputError where the folder is for reading alone.
+        """
         with self._locked():
             self._sweep()
             return [] if max_bytes is None else self._drop(leaving(self.held(), max_bytes))
@@ -150,9 +158,18 @@ class Folder:
             found.append(Held(path.stem, stat.st_size, stat.st_mtime))
         return sorted(found, key=lambda one: -one.used)
 
-    def _locked(self) -> FileLock:
-        """For names that come and go. A new one each time: a process that was forked cannot use its parent's."""
-        return FileLock(self.path / ".lock")
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """For names that come and go. A new lock each time: a process that was forked cannot use its parent's."""
+        try:
+            lock = FileLock(self.path / ".lock")
+            lock.acquire()
+        except OSError as error:
+            raise InvalidInputError(f"cannot change {str(self.path)!r}: {error}") from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _drop(self, going: list[Held]) -> list[str]:
         gone = []

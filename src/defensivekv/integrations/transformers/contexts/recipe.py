@@ -32,7 +32,8 @@ class Recipe:
 
     ids: (1, t) all tokens, those of later turns counted. policy: with the budget that holds now. options: of the cache,
     beside the policy. chunk_size: tokens that were read at a time; None: all. wrapping: of the questions; what it puts
-    before the document is in `ids`. steps: what was done after the document was read, in words.
+    before the document is in `ids`. steps: what was done after the document was read, in words. method: the
+    `METHOD_VERSION` of then.
     """
 
     ids: Int[Tensor, "1 t"]
@@ -41,6 +42,7 @@ class Recipe:
     chunk_size: int | None
     wrapping: Wrapping
     steps: tuple[str, ...] = ()
+    method: int = METHOD_VERSION
 
     @classmethod
     def of(cls, cache: EvictingCache, ids: Int[Tensor, "1 t"], chunk_size: int | None, wrapping: Wrapping) -> "Recipe":
@@ -69,6 +71,7 @@ class Recipe:
             "chunk_size": self.chunk_size,
             "wrapping": asdict(self.wrapping),
             "steps": list(self.steps),
+            "method_version": self.method,
         }
 
     def key(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -91,5 +94,5 @@ def cache_options(cache: EvictingCache) -> dict[str, Any]:
 def key_of(model: ModelFingerprint, tokenizer: str, ids: Int[Tensor, "1 t"], values: dict[str, Any]) -> str:
     """The key of a context; values: from `Recipe.as_values`."""
     tokens = hashlib.sha256(ids.cpu().contiguous().numpy().astype("<i8").tobytes()).hexdigest()
-    parts = [FORMAT_VERSION, METHOD_VERSION, model.weights, model.config, model.dtype, tokenizer, tokens, values]
+    parts = [FORMAT_VERSION, model.weights, model.modules, model.config, model.dtype, tokenizer, tokens, values]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

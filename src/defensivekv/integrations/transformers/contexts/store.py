@@ -2,12 +2,14 @@
 
 import hashlib
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.request import url2pathname
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -56,15 +58,13 @@ class ContextStore:
         self.address = os.fspath(address)
         self.max_bytes = parse_bytes("max_bytes", max_bytes)
         self._remote = None
-        place = Path(self.address)
-        if "://" in self.address and not self.address.startswith("file://"):
+        place = _local(self.address)
+        if place is None:
             self._remote = Remote(self.address, self.max_bytes, storage_options or {})
             place = _default_copies(self.address) if copies is None else Path(copies)
         elif copies is not None or storage_options:
             raise InvalidInputError("copies and storage_options are for addresses such as s3://bucket/contexts")
-        elif self.address.startswith("file://"):
-            place = Path(self.address.removeprefix("file://"))
-        self._folder = Folder(place, self.max_bytes)
+        self._folder = Folder(place.expanduser().absolute(), self.max_bytes)
 
     def __repr__(self) -> str:
         return f"ContextStore({self.address!r})"
@@ -83,40 +83,72 @@ class ContextStore:
 
         policy: as of `load_context`. Raises ContextError where it is another model's.
         """
-        path = self._folder.place(key)
         try:
-            if self._remote is not None and not path.exists():
-                if not self._remote.has(key):
-                    return None
-                self._folder.put(key, self._remote.fetch(key))
-            file = ContextFile(path)
-            if file.facts.key != key:
-                raise DamagedContextError(f"{path} holds the context of another key")
-            file.verify(scores=True)
+            found = self._load(key, model, tokenizer, policy)
         except FileNotFoundError:
             return None
         except DamagedContextError as error:
-            self.remove(key)
-            warnings.warn(f"{error}; dropped from the store", DefensiveKVWarning, stacklevel=2)
+            what = "dropped from the store"
+            try:
+                self.remove(key)
+            except InvalidInputError as why:
+                what = f"it stays in the store, since {why}"
+            warnings.warn(f"{error}; {what}", DefensiveKVWarning, stacklevel=2)
             return None
-        context = file.context(model, tokenizer, policy)
+        except OSError as error:
+            raise InvalidInputError(f"cannot read from {self.address}: {error}") from error
+        self._use(key)
+        return found
+
+    def _load(
+        self, key: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, policy: Policy | None
+    ) -> Context:
+        """The context of that key. Raises FileNotFoundError where there is none, DamagedContextError, ContextError."""
+        if self._remote is not None:
+            if not self._remote.has(key):
+                self._folder.remove(key)
+                raise FileNotFoundError(key)
+            if self._folder.place(key).exists():
+                try:
+                    return self._verified(key).context(model, tokenizer, policy)
+                except DamagedContextError:
+                    # The copy is; what it is a copy of may be whole.
+                    self._folder.remove(key)
+            self._folder.put(key, self._remote.fetch(key))
+        return self._verified(key).context(model, tokenizer, policy)
+
+    def _verified(self, key: str) -> ContextFile:
+        file = ContextFile(self._folder.place(key))
+        if file.facts.key != key:
+            raise DamagedContextError(f"{file.path} holds the context of another key")
+        file.verify(scores=True)
+        return file
+
+    def _use(self, key: str) -> None:
         self._folder.use(key)
         if self._remote is not None:
             self._remote.use(key)
-        return context
 
     def put(self, context: Context) -> str:
-        """Keeps a context, and gives its key. One that is there already is not written again.
+        """Keeps a context, and gives its key. One that is there already, and whole, is not written again.
 
         Raises InvalidInputError where it is larger than the store may be, or cannot be written.
         """
         key = context.key
-        if not self.contains(key):
-            path = self._folder.put(key, lambda file: write_context(context, file))
-            if self._remote is not None:
-                self._remote.put(key, path)
-        self._folder.use(key)
+        was_whole = self._is_whole(key)
+        if not was_whole:
+            self._folder.put(key, lambda file: write_context(context, file))
+        if self._remote is not None and not (was_whole and self._remote.has(key)):
+            self._remote.put(key, self._folder.place(key))
+        self._use(key)
         return key
+
+    def _is_whole(self, key: str) -> bool:
+        try:
+            self._verified(key)
+        except (ContextError, OSError):
+            return False
+        return True
 
     def list(self) -> "list[StoredContext]":
         """All entries, the most recently used first."""
@@ -162,6 +194,21 @@ class ContextStore:
         except ContextError:
             facts = None
         return StoredContext(one.key, one.nbytes, datetime.fromtimestamp(one.used, UTC), facts)
+
+
+def _local(address: str) -> Path | None:
+    """The folder that an address names; None: it is fsspec's. Raises InvalidInputError for one that is neither."""
+    protocol, found, rest = address.partition("://")
+    if not found:
+        # Path("s3://bucket") has one slash.
+        if re.match(r"[a-z][a-z0-9]+:/", address):
+            raise InvalidInputError(f"{address!r} was an address once: give it as text, with both slashes")
+        return Path(address)
+    if protocol != "file":
+        return None
+    if not rest.startswith("/"):
+        raise InvalidInputError(f"{address!r} names a machine: a folder of this one begins file:///")
+    return Path(url2pathname(rest))
 
 
 def _default_copies(address: str) -> Path:
