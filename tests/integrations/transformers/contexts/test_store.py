@@ -247,14 +247,18 @@ def test_everything_that_decides_what_is_in_it_is_in_the_key(model: PreTrainedMo
     assert context_of(tiny_model("llama")).key == keys["as it is"], "and nothing else"
 
 
-def test_the_key_follows_the_weights(model: PreTrainedModel) -> None:
+def test_a_model_that_was_changed_gives_its_contexts_no_key(model: PreTrainedModel, tmp_path: Path) -> None:
     context = context_of(model)
     before = context.key
-    with torch.no_grad():
-        model.get_input_embeddings().weight[5, 0].add_(1.0)
-    assert context.key != before
-    with torch.no_grad():
-        model.get_input_embeddings().weight[5, 0].sub_(1.0)
+    after = context.append("w7")
+    model.get_input_embeddings().weight.data.add_(1.0)
+    assert context_of(model).key != before
+    for one in (context, after, context.append("w8")):
+        with pytest.raises(dkv.ContextError, match="the model was changed since it read this document"):
+            dkv.ContextStore(tmp_path).put(one)
+        with pytest.raises(dkv.ContextError, match="change it back"):
+            one.save(tmp_path / "book.kv")
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_models_context_is_refused(model: PreTrainedModel, store: dkv.ContextStore) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from defensivekv.budget import Budget
-from defensivekv.errors import InvalidInputError
+from defensivekv.errors import ContextError, InvalidInputError
 from defensivekv.integrations.transformers.cache import EvictingCache
+from defensivekv.integrations.transformers.contexts.fingerprints import model_mark
 from defensivekv.integrations.transformers.contexts.recipe import Recipe
 from defensivekv.integrations.transformers.model import max_positions
 from defensivekv.integrations.transformers.prefill import DEFAULT_CHUNK_SIZE
@@ -43,7 +44,7 @@ class Context:
     Questions do not see each other: each starts from a fork of the same cache. What goes on from here, `turn`, `append`
     and `shrink`, is a new context, which shares what it did not change.
 
-    prefill_seconds: that it took to read the document.
+    prefill_seconds: that it took to read the document. went_on: the context that this one follows.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Context:
         prefill_seconds: float,
         file: "ContextFile | None" = None,
         *,
-        went_on: bool = False,
+        went_on: "Context | None" = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -63,7 +64,8 @@ class Context:
         self.prefill_seconds = prefill_seconds
         self._cache = cache
         self._file = file
-        self._went_on = went_on
+        self._went_on = went_on is not None
+        self._mark: str | None = model_mark(model) if went_on is None else went_on._mark
 
     def __getstate__(self) -> Any:
         raise InvalidInputError(
@@ -107,9 +109,19 @@ class Context:
     def key(self) -> str:
         """64 hexadecimal digits, the same for the same tokens, model, tokenizer, policy, budget and later steps.
 
-        The model's weights are read for it, once for each model. Raises UnsupportedModelError where they are not here.
+        The model's weights are read for it, once for each model. Raises UnsupportedModelError where they are not here,
+        ContextError where the model was changed after it made the context.
         """
+        self.check_model()
         return self.recipe.key(self.model, self.tokenizer)
+
+    def check_model(self) -> None:
+        """Raises ContextError where the model is no longer what made the context: other weights, another adapter."""
+        if self._mark != model_mark(self.model):
+            raise ContextError(
+                "the model was changed since it read this document (its weights, or which adapter is active): change it"
+                " back, or compress the document again"
+            )
 
     def report(self) -> CacheReport:
         """What was kept of the document, and what it takes."""
@@ -119,7 +131,7 @@ class Context:
         """Writes one file, whole or not at all, for `load_context`; its format is in docs/contexts.md.
 
         Raises InvalidInputError where it cannot be written, or the policy has parts that cannot;
-        UnsupportedModelError where the model's weights are not in this process.
+        UnsupportedModelError where the model's weights are not in this process; ContextError where it was changed.
         """
         from defensivekv.integrations.transformers.contexts.files import save_context
 
@@ -191,7 +203,7 @@ class Context:
 
     def _then(self, step: str, cache: EvictingCache, ids: Int[Tensor, "1 t"]) -> "Context":
         recipe = self.recipe.then(step, ids, cache.policy)
-        return Context(self.model, self.tokenizer, cache, recipe, self.prefill_seconds, self._file, went_on=True)
+        return Context(self.model, self.tokenizer, cache, recipe, self.prefill_seconds, self._file, went_on=self)
 
     def _answered(
         self, question: str, max_new_tokens: int, max_entries: int | None, generate_options: dict[str, Any]

@@ -134,6 +134,7 @@ def save_context(context: Context, path: str | PathLike[str]) -> None:
 def write_context(context: Context, file: Writable) -> None:
     """Writes a context at the beginning of an empty file."""
     recipe, cache = context.recipe, context.cache
+    context.check_model()
     context.verify()
     tensors, state = snapshot.take(cache)
     tensors["tokens"] = recipe.ids[0].to(torch.int64)

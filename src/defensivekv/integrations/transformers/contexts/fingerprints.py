@@ -3,7 +3,7 @@
 import hashlib
 import json
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +79,7 @@ def model_fingerprint(model: PreTrainedModel) -> ModelFingerprint:
         )
     state = dict(_plain_tensors(model.state_dict()))
     versions = [(value.data_ptr(), 0 if value.is_inference() else value._version) for value in state.values()]
-    state_now = (versions, _hash_samples(state))
+    state_now = (versions, _hash_samples(state.values()))
     known = _known.get(model)
     if known is None or known[0] != state_now:
         known = _known[model] = (state_now, _hash_weights(state))
@@ -92,6 +92,18 @@ def model_fingerprint(model: PreTrainedModel) -> ModelFingerprint:
         name=str(getattr(model.config, "_name_or_path", "") or ""),
         revision=str(getattr(model.config, "_commit_hash", None) or ""),
     )
+
+
+def model_mark(model: PreTrainedModel) -> str | None:
+    """Of some elements of every weight, and what its modules compute with: milliseconds, of a model of any size.
+
+    Two marks tell whether a model was changed in between. None: nothing of it can be told.
+    """
+    try:
+        state = dict(_plain_tensors(model.state_dict()))
+    except UnsupportedModelError:
+        return None
+    return _hash_samples(state.values()) + _hash_modules(model)
 
 
 def _plain_tensors(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -141,10 +153,10 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def _hash_samples(state: dict[str, Tensor]) -> str:
-    """Of some elements of every weight: milliseconds, of a model of any size."""
+def _hash_samples(weights: Iterable[Tensor]) -> str:
+    """Of some elements of each."""
     samples: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for value in state.values():
+    for value in weights:
         flat = value.reshape(-1)
         samples.setdefault((value.device, value.dtype), []).append(flat[:: max(1, flat.numel() // _SAMPLES)])
     whole = xxhash.xxh3_128()
