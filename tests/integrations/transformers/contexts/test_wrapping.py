@@ -38,6 +38,10 @@ def test_a_template_that_refuses_is_named_and_one_that_refuses_a_second_turn_ser
         find_wrapping(small_tokenizer("{{ raise_exception('no system message') }}"), "auto")
     with pytest.raises(dkv.InvalidInputError, match="the chat template fails: "):
         find_wrapping(small_tokenizer("{% for %}"), "auto")
+    several = small_tokenizer()
+    several.chat_template = {"one": CHAT, "other": CHAT}
+    with pytest.raises(dkv.InvalidInputError, match="the chat template fails: .*no default"):
+        find_wrapping(several, "auto")
     once = "{% if messages | length > 1 %}{{ raise_exception('one turn') }}{% endif %}{{ messages[0].content }}[END]"
     assert find_wrapping(small_tokenizer(once), "auto") == Wrapping("chat", "", "[END]", None, keeps_end=False)
 

@@ -61,7 +61,7 @@ def find_wrapping(tokenizer: PreTrainedTokenizerBase, template: Template) -> Wra
     user, answer, second = _MARKS
     try:
         pieces = _render(tokenizer, [("user", user)], [user])
-    except TemplateError as error:
+    except (TemplateError, ValueError) as error:  # ValueError: several templates, none of them the default
         raise InvalidInputError(f"the chat template fails: {error}: use template='plain'") from error
     if pieces is None:
         raise InvalidInputError("the chat template does not keep the user's text as it is: use template='plain'")
