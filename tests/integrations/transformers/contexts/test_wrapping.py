@@ -34,7 +34,8 @@ FAMILIES = {
         "{{ '[BOS]' }}{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
         "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('in turns') }}"
         "{% endif %}{% set role = 'model' if m.role == 'assistant' else m.role %}"
-        "{{ '<turn>' + role + '\n' + m.content | trim + '</turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<turn>model\n' }}{% endif %}"
+        "{{ '<turn>' + role + '\n' + m.content | trim + '</turn>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<turn>model\n' }}{% endif %}"
     ),
     "mistral": (
         "{{- '[BOS]' }}{%- for m in messages %}{%- if m.role == 'user' %}{{- '[INST] ' + m.content + ' [/INST]' }}"
