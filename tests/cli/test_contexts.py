@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 import defensivekv as dkv
 from defensivekv.cli import app
+from defensivekv.integrations.transformers.contexts.files import file_facts
 from defensivekv.needleworld import make_sample
 
 runner = CliRunner()
@@ -111,3 +112,20 @@ def test_bad_input_is_refused_with_what_to_do(
         run("compress", "--context", document, "--budget", "0.5", "-o", str(book))
     places = {"FILE": document, "BOOK": str(book), "HERE": str(tmp_path)}
     assert message in refused(*(places.get(argument, argument) for argument in arguments))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_document(tmp_path: Path) -> None:
+    keys = set()
+    for name, start in (("plain", ""), ("marked", "\ufeff")):
+        (tmp_path / f"{name}.txt").write_text(start + SAMPLE.document, encoding="utf-8")
+        run("compress", "--context", str(tmp_path / f"{name}.txt"), "-o", str(tmp_path / f"{name}.kv"))
+        keys.add(file_facts(tmp_path / f"{name}.kv").key)
+    assert len(keys) == 1
+
+
+def test_a_context_that_a_store_has_no_room_for_is_a_failure(document: str, tmp_path: Path) -> None:
+    store = ["--store", str(tmp_path / "store"), "--store-max-bytes", "10KiB"]
+    with pytest.warns(dkv.DefensiveKVWarning, match="not put into"):
+        assert "the context is not in" in refused("compress", "--context", document, *store)
+    with pytest.warns(dkv.DefensiveKVWarning, match="not put into"):
+        assert SAMPLE.questions[0].answer[0] in run("ask", "--context", document, "--budget", "0.5", *store, *QUESTION)

@@ -105,7 +105,7 @@ def read_document(source: str) -> str:
     if not source:
         raise InvalidInputError("no document: give --context FILE, or --context - for standard input")
     try:
-        text = (sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()).decode("utf-8")
+        text = (sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInputError(f"cannot read {source!r} as text: {error}") from error
     if not text.strip():
