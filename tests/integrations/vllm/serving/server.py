@@ -104,9 +104,17 @@ class Server:
         return round(self.metric("kv_cache_usage_perc") * BLOCKS)
 
     def wait_until_idle(self) -> None:
+        """Until it has nothing to do, and holds nothing."""
+        self._wait_for(dict.fromkeys(_GAUGES, 0.0))
+
+    def wait_until_running(self, requests: int) -> None:
+        """Until it counts that many: gauges come a little after the first tokens."""
+        self._wait_for({"num_requests_running": float(requests)})
+
+    def _wait_for(self, expected: dict[str, float]) -> None:
         end = time.monotonic() + IDLE_LIMIT_S
-        while any(left := [self.metric(name) for name in _GAUGES]):
-            assert time.monotonic() < end, dict(zip(_GAUGES, left, strict=True))
+        while (found := {name: self.metric(name) for name in expected}) != expected:
+            assert time.monotonic() < end, found
             time.sleep(0.05)
 
     def stop(self) -> None:
