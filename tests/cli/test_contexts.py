@@ -1,5 +1,6 @@
 """`compress`, `ask` from what it kept, and `contexts`."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from typer.testing import CliRunner
 import defensivekv as dkv
 from defensivekv.cli import app
 from defensivekv.integrations.transformers.contexts.files import file_facts
-from defensivekv.needleworld import make_sample
+from defensivekv.needleworld import demo_model, make_sample
 
 runner = CliRunner()
 SAMPLE = make_sample("multi_key", num_tokens=512, seed=11)
@@ -79,8 +80,8 @@ def test_a_damaged_file_is_shown_as_such_and_refused(document: str, tmp_path: Pa
     content = bytearray(path.read_bytes())
     content[20] ^= 1
     path.write_bytes(content)
-    assert "damaged" in run("contexts", "list", *store)
-    assert "is damaged: remove it" in refused("contexts", "show", path.stem[:12], *store)
+    assert "unreadable" in run("contexts", "list", *store)
+    assert "is damaged, or cannot be read: remove it" in refused("contexts", "show", path.stem[:12], *store)
     run("contexts", "remove", path.stem[:12], *store)
 
 
@@ -129,3 +130,58 @@ def test_a_context_that_a_store_has_no_room_for_is_a_failure(document: str, tmp_
         assert "the context is not in" in refused("compress", "--context", document, *store)
     with pytest.warns(dkv.DefensiveKVWarning, match="not put into"):
         assert SAMPLE.questions[0].answer[0] in run("ask", "--context", document, "--budget", "0.5", *store, *QUESTION)
+
+
+def test_a_store_that_cannot_be_what_is_asked_is_refused(
+    document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = tmp_path / "missing"
+    assert "no store at" in refused("contexts", "list", "--store", f"file://{missing}")
+    assert not missing.exists()
+    assert "--store-max-bytes is for a store" in refused(
+        "ask", "--context", document, "--store-max-bytes", "1GiB", *QUESTION
+    )
+    store = ["--store", str(tmp_path / "store")]
+    run("compress", "--context", document, *store)
+    (tmp_path / "store" / f"{'a' * 64}.kv").mkdir()
+    assert "1 context," in run("contexts", "list", *store)
+    (path,) = (path for path in (tmp_path / "store").glob("*.kv") if path.is_file())
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "for reading alone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        assert "for reading alone" in refused("contexts", "remove", path.stem[:8], *store)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refuse)
+        assert "unreadable" in run("contexts", "list", *store)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.listdir", refuse)
+        assert "cannot read" in refused("contexts", "list", *store)
+
+
+def test_what_cannot_be_written_is_refused_before_the_document_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder.kv").mkdir()
+    unread = ["compress", "--context", str(tmp_path / "none.txt"), "-o"]
+    assert "cannot write" in refused(*unread, str(tmp_path / "folder.kv"))
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert "for reading alone" in refused(*unread, str(tmp_path / "book.kv"))
+
+
+def test_a_models_folder_is_found_from_any_other(
+    document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    shutil.copytree(demo_model(), tmp_path / "here" / "m")
+    monkeypatch.chdir(tmp_path / "here")
+    run("compress", "m", "--context", document, "--budget", "0.5", "-o", str(tmp_path / "book.kv"))
+    monkeypatch.chdir(tmp_path)
+    asked = ["ask", "--context", "book.kv", *QUESTION]
+    assert SAMPLE.questions[0].answer[0] in run(*asked)
+    assert "name the model whose code is to be trusted" in refused(*asked, "--trust-remote-code")
+    (tmp_path / "here" / "m").rename(tmp_path / "moved")
+    assert "is not there any more: name the model" in refused(*asked)
+    assert SAMPLE.questions[0].answer[0] in run("ask", "moved", *asked[1:])

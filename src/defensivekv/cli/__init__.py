@@ -3,8 +3,7 @@
 import sys
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from defensivekv.cli.ask import ask
 from defensivekv.cli.bench import bench
@@ -16,6 +15,7 @@ from defensivekv.cli.lm_eval import lm_eval
 from defensivekv.cli.policies import list_policies
 from defensivekv.cli.profile import profile
 from defensivekv.cli.serve import serve
+from defensivekv.console import make_console
 from defensivekv.errors import DefensiveKVError
 
 app = typer.Typer(
@@ -41,5 +41,5 @@ def main() -> None:
     try:
         app()
     except DefensiveKVError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+        make_console(stderr=True).print(Text.assemble(("error:", "bold red"), f" {error}"))
         sys.exit(2)

@@ -4,8 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from defensivekv.cli.documents import CONTEXT_SUFFIX, Asked, open_store, print_context
 from defensivekv.cli.options import (
@@ -21,6 +20,7 @@ from defensivekv.cli.options import (
     TemplateName,
     TrustRemoteCode,
 )
+from defensivekv.console import make_console
 from defensivekv.errors import InvalidInputError
 
 
@@ -43,7 +43,7 @@ def ask(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Compress a document once, or find it compressed, and answer each question from what is kept of its cache."""
-    console = Console()
+    console = make_console()
     if not question:
         raise InvalidInputError("no question: give --question at least once")
     for number, text in enumerate(question, start=1):
@@ -58,10 +58,10 @@ def ask(
     for text in question:
         with console.status("answering"):
             answer = compressed.answer(text, max_new_tokens=max_new_tokens)
-        console.print(f"\n[bold]question[/]   {escape(text)}", highlight=False)
-        console.print(f"[bold]answer[/]     {escape(answer.text)}", highlight=False)
+        # As they are: whatever a model says is no markup.
+        console.print(Text.assemble("\n", ("question", "bold"), f"   {text}"))
+        console.print(Text.assemble(("answer", "bold"), f"     {answer.text}"))
         console.print(
             f"[dim]           {answer.question_tokens} + {answer.new_tokens} tokens in {answer.seconds:.2f} s "
-            f"({answer.new_tokens / answer.seconds:,.1f} new tokens/s, the question's reading included)[/]",
-            highlight=False,
+            f"({answer.new_tokens / answer.seconds:,.1f} new tokens/s, the question's reading included)[/]"
         )

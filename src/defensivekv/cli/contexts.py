@@ -7,10 +7,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from defensivekv.budget import format_bytes
 from defensivekv.cli.documents import CONTEXT_SUFFIX, open_store
 from defensivekv.cli.options import StoreAddress, StoreBytes
+from defensivekv.console import make_console, print_whole
 from defensivekv.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -25,7 +27,8 @@ Key = Annotated[str, typer.Argument(help="Of the context: as many of its first d
 def _store(address: str | None, max_bytes: str | None = None) -> "ContextStore":
     if address is None:
         raise InvalidInputError("no store: give --store FOLDER, or set DEFENSIVEKV_STORE")
-    if "://" not in address and not Path(address).is_dir():
+    place = Path(address.removeprefix("file://")).expanduser()
+    if ("://" not in address or address.startswith("file://")) and not place.is_dir():
         raise InvalidInputError(f"no store at {address!r}: it is made by `defensivekv compress --store`")
     opened = open_store(address, max_bytes)
     assert opened is not None
@@ -35,20 +38,20 @@ def _store(address: str | None, max_bytes: str | None = None) -> "ContextStore":
 @app.command("list")
 def list_contexts(store: StoreAddress = None) -> None:
     """What is in the store, the most recently used first."""
-    console, entries = Console(), _store(store).list()
+    console, entries = make_console(), _store(store).list()
     table = Table(box=None, pad_edge=False)
     for name in ("key", "policy", "budget", "model", "last used"):
-        table.add_column(name, no_wrap=name == "key", overflow="fold")
+        table.add_column(name, no_wrap=True)
     for name in ("tokens", "size"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for entry in entries:
         facts, used = entry.facts, entry.last_used.astimezone().strftime("%Y-%m-%d %H:%M")
-        known = ("damaged", "", "") if facts is None else (facts.policy, facts.budget, facts.model)
+        known = ("unreadable", "", "") if facts is None else (facts.policy, facts.budget, facts.model)
         tokens = "" if facts is None else f"{facts.num_tokens:,}"
-        table.add_row(entry.key[:_SHOWN_DIGITS], *map(escape, known), used, tokens, format_bytes(entry.nbytes))
-    console.print(table)
+        table.add_row(entry.key[:_SHOWN_DIGITS], *map(Text, known), used, tokens, format_bytes(entry.nbytes))
+    print_whole(table, console)
     total = format_bytes(sum(entry.nbytes for entry in entries))
-    console.print(f"{len(entries)} context{'' if len(entries) == 1 else 's'}, {total}", highlight=False)
+    console.print(f"{len(entries)} context{'' if len(entries) == 1 else 's'}, {total}")
 
 
 @app.command()
@@ -57,7 +60,7 @@ def show(
     store: StoreAddress = None,
 ) -> None:
     """All that a file says of its context."""
-    console = Console()
+    console = make_console()
     if Path(key).suffix == CONTEXT_SUFFIX:
         from defensivekv.integrations.transformers.contexts.files import file_facts
 
@@ -66,7 +69,7 @@ def show(
     opened = _store(store)
     entry = opened.describe(opened.resolve(key))
     if entry.facts is None:
-        raise InvalidInputError(f"the file of {entry.key} is damaged: remove it")
+        raise InvalidInputError(f"the file of {entry.key} is damaged, or cannot be read: remove it")
     _print_facts(entry.facts, entry.nbytes, console)
 
 
@@ -85,7 +88,7 @@ def _print_facts(facts: "ContextFacts", nbytes: int, console: Console) -> None:
         "file": format_bytes(nbytes),
     }
     for name, value in rows.items():
-        console.print(f"{name:<10} {escape(value)}", highlight=False, soft_wrap=True)
+        console.print(f"{name:<10} {escape(value)}", soft_wrap=True)
 
 
 @app.command()
@@ -93,12 +96,13 @@ def remove(key: Key, store: StoreAddress = None) -> None:
     """Remove one context."""
     opened = _store(store)
     whole = opened.resolve(key)
-    opened.remove(whole)
-    Console().print(f"removed {whole}", highlight=False)
+    if not opened.remove(whole):
+        raise InvalidInputError(f"{whole} was not there any more")
+    make_console().print(f"removed {whole}")
 
 
 @app.command()
 def prune(store: StoreAddress = None, store_max_bytes: StoreBytes = None) -> None:
     """Remove what writers that died left, and the least recently used contexts beyond --store-max-bytes."""
     gone = _store(store, store_max_bytes).prune()
-    Console().print(f"removed {len(gone)} context{'' if len(gone) == 1 else 's'}", highlight=False)
+    make_console().print(f"removed {len(gone)} context{'' if len(gone) == 1 else 's'}")

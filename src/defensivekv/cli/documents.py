@@ -80,6 +80,10 @@ class Asked:
         name = self.model or (None if facts.model == PACKAGED else facts.model)
         if self.model is None and not facts.model:
             raise InvalidInputError(f"{str(path)!r} does not say which model made it: name the model")
+        if self.model is None and self.trust_remote_code:
+            raise InvalidInputError(f"name the model whose code is to be trusted: {str(path)!r} says {facts.model!r}")
+        if self.model is None and name is not None and Path(name).is_absolute() and not Path(name).is_dir():
+            raise InvalidInputError(f"{name!r}, which made {str(path)!r}, is not there any more: name the model")
         model, tokenizer = load_model(
             name,
             dtype=facts.dtype if self.dtype == "auto" else self.dtype,
@@ -94,6 +98,8 @@ class Asked:
 def open_store(address: str | None, max_bytes: str | None) -> "ContextStore | None":
     """The store at that address; None where none is given."""
     if address is None:
+        if max_bytes is not None:
+            raise InvalidInputError("--store-max-bytes is for a store: give --store as well")
         return None
     from defensivekv.integrations.transformers import ContextStore
 
@@ -124,6 +130,5 @@ def print_context(context: "Context", console: Console) -> None:
     console.print(
         f"document   {came}\n"
         f"cache      {format_bytes(report.evicted_nbytes)} held of {format_bytes(report.full_bytes)}: "
-        f"{report.achieved:.1%} of the entries kept by {escape(report.policy)}, budget {escape(report.asked)}",
-        highlight=False,
+        f"{report.achieved:.1%} of the entries kept by {escape(report.policy)}, budget {escape(report.asked)}"
     )

@@ -4,14 +4,13 @@ from typing import Annotated
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from defensivekv.console import make_console, print_whole
 from defensivekv.policies import policies, policy, summary
 from defensivekv.policies.presets import DUO_ATTENTION
 from defensivekv.policies.profile import HeadProfile
 
-_WIDEST = 400
 _ANY_PROFILE = HeadProfile(((1.0,),), num_sinks=64, num_recent=256)
 _COLUMNS = ("policy", "what it keeps", "budget is split", "paper (arXiv)")
 
@@ -28,9 +27,7 @@ def list_policies(
         table.add_column(column, no_wrap=True)
     for name, keeps, split, paper in _rows():
         table.add_row(name, keeps, split, paper.rpartition("/")[2])
-    # One line for each policy even where the terminal is narrower: it wraps them, and a pipe should get them whole.
-    width = Console(width=_WIDEST).measure(table).maximum
-    Console(width=max(Console().width, width)).print(table)
+    print_whole(table, make_console())
 
 
 def markdown_table() -> str:

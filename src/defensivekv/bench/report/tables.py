@@ -11,8 +11,8 @@ from defensivekv.bench.plan import OURS
 from defensivekv.bench.records import CellRecord, Outcome, Results
 from defensivekv.bench.sizes import format_tokens
 from defensivekv.budget import format_bytes
+from defensivekv.console import print_whole
 
-_WIDEST = 400
 _NOISY = 1.3
 _Row = Callable[[Outcome, CellRecord], list[str]]
 
@@ -80,9 +80,7 @@ def _print_cell(
     for each in shown:
         table.add_row(*(Text(text) for text in row(each, cell)), style="bold" if each.rival == OURS else "")
     if shown:
-        # One line for each rival even where the terminal is narrower: it wraps them, and a pipe should get them whole.
-        width = Console(width=_WIDEST).measure(table).maximum
-        Console(file=console.file, width=max(console.width, width)).print(table)
+        print_whole(table, console)
     else:
         console.print(Text(f"{title}: nothing was measured"))
     for each in outcomes:

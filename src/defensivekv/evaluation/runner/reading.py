@@ -142,7 +142,7 @@ def _found_or_read(
     if context is None:
         with _quiet():
             context = read(model, tokenizer, cache, recipe)
-        store.put(context)
+        store.offer(context)
     return context.cache, context.prefill_seconds
 
 

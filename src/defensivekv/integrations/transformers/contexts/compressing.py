@@ -1,7 +1,6 @@
 """Reading a document into a context, or finding it read already."""
 
 import time
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from defensivekv.budget import Budget
-from defensivekv.errors import DefensiveKVWarning, InvalidInputError
+from defensivekv.errors import InvalidInputError
 from defensivekv.integrations.transformers.cache import EvictingCache
 from defensivekv.integrations.transformers.contexts.context import Context, check_length, check_text, encode
 from defensivekv.integrations.transformers.contexts.recipe import Recipe
@@ -54,11 +53,7 @@ def compress(
             return found
     context = read(model, tokenizer, asked.cache, asked.recipe)
     if store is not None:
-        try:
-            store.put(context)
-        except InvalidInputError as error:
-            # What was read is not thrown away.
-            warnings.warn(f"not put into {store.address}: {error}", DefensiveKVWarning, stacklevel=2)
+        store.offer(context)
     return context
 
 

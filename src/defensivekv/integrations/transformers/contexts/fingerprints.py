@@ -5,6 +5,7 @@ import json
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,9 +90,14 @@ def model_fingerprint(model: PreTrainedModel) -> ModelFingerprint:
         modules=_hash_modules(model),
         config=config | {"class": type(model).__name__},
         dtype=str(model.dtype).removeprefix("torch."),
-        name=str(getattr(model.config, "_name_or_path", "") or ""),
+        name=_origin(str(getattr(model.config, "_name_or_path", "") or "")),
         revision=str(getattr(model.config, "_commit_hash", None) or ""),
     )
+
+
+def _origin(name: str) -> str:
+    """A name that means the same from any folder."""
+    return str(Path(name).absolute()) if name and Path(name).is_dir() else name
 
 
 def model_mark(model: PreTrainedModel) -> str | None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import BinaryIO
 
 from filelock import FileLock
@@ -146,14 +147,18 @@ class Folder:
             return [] if max_bytes is None else self._drop(leaving(self.held(), max_bytes))
 
     def held(self) -> list[Held]:
-        """All files, the most recently used first."""
+        """All files, the most recently used first. Raises InvalidInputError where the folder cannot be read."""
         found = []
-        for path in self.path.glob(f"*{SUFFIX}"):
-            if not _KEY.fullmatch(path.stem):
-                continue
+        try:
+            names = os.listdir(self.path)
+        except OSError as error:
+            raise InvalidInputError(f"cannot read {str(self.path)!r}: {error}") from error
+        for path in (self.path / name for name in names if name.endswith(SUFFIX)):
             try:
                 stat = path.stat()
             except FileNotFoundError:
+                continue
+            if not _KEY.fullmatch(path.stem) or not S_ISREG(stat.st_mode):
                 continue
             found.append(Held(path.stem, stat.st_size, stat.st_mtime))
         return sorted(found, key=lambda one: -one.used)
@@ -178,8 +183,10 @@ class Folder:
                 self.place(one.key).unlink()
             except FileNotFoundError:
                 continue
-            except PermissionError:  # Windows, while somebody has it mapped
-                continue
+            except PermissionError as error:
+                if os.name == "nt":  # Somebody has it mapped.
+                    continue
+                raise InvalidInputError(f"cannot change {str(self.path)!r}: {error}") from error
             gone.append(one.key)
         return gone
 

@@ -143,6 +143,13 @@ class ContextStore:
         self._use(key)
         return key
 
+    def offer(self, context: Context) -> None:
+        """As `put`, of what should not be lost where it cannot be kept: a warning says why."""
+        try:
+            self.put(context)
+        except InvalidInputError as error:
+            warnings.warn(f"not put into {self.address}: {error}", DefensiveKVWarning, stacklevel=3)
+
     def _is_whole(self, key: str) -> bool:
         try:
             self._verified(key)
@@ -191,7 +198,7 @@ class ContextStore:
                 facts: ContextFacts | None = read_facts(file, one.key)
         except FileNotFoundError:
             return None
-        except ContextError:
+        except (ContextError, OSError):
             facts = None
         return StoredContext(one.key, one.nbytes, datetime.fromtimestamp(one.used, UTC), facts)
 
