@@ -215,6 +215,16 @@ def test_a_store_spares_the_reading_and_changes_no_record(tmp_path: Path, in_tur
     assert times[0] == times[1], "the time of the reading that made it"
 
 
+def test_a_store_without_room_changes_no_record(tmp_path: Path) -> None:
+    loaded = byte_model(), byte_tokenizer()
+    plan = plan_of([SMALL], store=str(tmp_path / "store"), store_max_bytes="1KiB")
+    with pytest.warns(dkv.DefensiveKVWarning, match="not put into"):
+        outcomes = examine(loaded, plan, [sample()])
+    plain = examine(loaded, plan_of([SMALL]), [sample()])
+    assert [one.record.line() for one in outcomes] == [one.record.line() for one in plain]
+    assert outcomes[0].record.status == "ok"
+
+
 def test_a_store_is_for_documents_read_one_at_a_time() -> None:
     with pytest.raises(InvalidInputError, match="leave batch_size out"):
         plan_of([SMALL], store="somewhere", batch_size=2)
