@@ -3,6 +3,7 @@
 from fractions import Fraction
 from functools import cache as cached
 from math import floor
+from typing import Any
 
 import pytest
 import torch

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,16 +106,16 @@ class Server:
 
     def wait_until_idle(self) -> None:
         """Until it has nothing to do, and holds nothing."""
-        self._wait_for(dict.fromkeys(_GAUGES, 0.0))
+        self._wait_until(lambda: not any(self.metric(name) for name in _GAUGES))
 
-    def wait_until_running(self, requests: int) -> None:
-        """Until it counts that many: gauges come a little after the first tokens."""
-        self._wait_for({"num_requests_running": float(requests)})
+    def wait_until_generated(self, total: float) -> None:
+        """Until its counter has come to that: metrics come a little after the tokens."""
+        self._wait_until(lambda: self.metric("generation_tokens_total") >= total)
 
-    def _wait_for(self, expected: dict[str, float]) -> None:
+    def _wait_until(self, is_so: Callable[[], bool]) -> None:
         end = time.monotonic() + IDLE_LIMIT_S
-        while (found := {name: self.metric(name) for name in expected}) != expected:
-            assert time.monotonic() < end, found
+        while not is_so():
+            assert time.monotonic() < end, {name: self.metric(name) for name in _GAUGES}
             time.sleep(0.05)
 
     def stop(self) -> None:
