@@ -255,14 +255,6 @@ def test_only_a_file_is_written_anew(model: PreTrainedModel, tmp_path: Path) -> 
     assert_same(dkv.load_context(tmp_path / "target.kv", model, small_tokenizer()), context)
 
 
-def test_what_a_loaded_context_becomes_was_not_stored(model: PreTrainedModel, tmp_path: Path) -> None:
-    context_of(model).save(tmp_path / "book.kv")
-    loaded = dkv.load_context(tmp_path / "book.kv", model, small_tokenizer())
-    assert loaded.was_stored
-    for later in (loaded.append("w7"), loaded.shrink(0.2), loaded.turn("w7", max_new_tokens=2)[1]):
-        assert not later.was_stored
-
-
 def test_several_rows_are_no_context() -> None:
     from defensivekv.integrations.transformers.contexts import snapshot
 

@@ -64,7 +64,6 @@ class Context:
         self.prefill_seconds = prefill_seconds
         self._cache = cache
         self._file = file
-        self._went_on = went_on is not None
         self._mark: str | None = model_mark(model) if went_on is None else went_on._mark
 
     def __getstate__(self) -> Any:
@@ -92,8 +91,8 @@ class Context:
 
     @property
     def was_stored(self) -> bool:
-        """Whether it is as it was loaded from a file."""
-        return self._file is not None and not self._went_on
+        """Whether its document was loaded from a file, and not read here."""
+        return self._file is not None
 
     @property
     def document_ids(self) -> Int[Tensor, "1 t"]:
