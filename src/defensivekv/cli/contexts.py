@@ -27,8 +27,10 @@ Key = Annotated[str, typer.Argument(help="Of the context: as many of its first d
 def _store(address: str | None, max_bytes: str | None = None) -> "ContextStore":
     if address is None:
         raise InvalidInputError("no store: give --store FOLDER, or set DEFENSIVEKV_STORE")
-    place = Path(address.removeprefix("file://")).expanduser()
-    if ("://" not in address or address.startswith("file://")) and not place.is_dir():
+    from defensivekv.integrations.transformers.contexts.store import local_folder
+
+    place = local_folder(address)
+    if place is not None and not place.expanduser().is_dir():
         raise InvalidInputError(f"no store at {address!r}: it is made by `defensivekv compress --store`")
     opened = open_store(address, max_bytes)
     assert opened is not None

@@ -58,7 +58,7 @@ class ContextStore:
         self.address = os.fspath(address)
         self.max_bytes = parse_bytes("max_bytes", max_bytes)
         self._remote = None
-        place = _local(self.address)
+        place = local_folder(self.address)
         if place is None:
             self._remote = Remote(self.address, self.max_bytes, storage_options or {})
             place = _default_copies(self.address) if copies is None else Path(copies)
@@ -203,7 +203,7 @@ class ContextStore:
         return StoredContext(one.key, one.nbytes, datetime.fromtimestamp(one.used, UTC), facts)
 
 
-def _local(address: str) -> Path | None:
+def local_folder(address: str) -> Path | None:
     """The folder that an address names; None: it is fsspec's. Raises InvalidInputError for one that is neither."""
     protocol, found, rest = address.partition("://")
     if not found:
